@@ -1,0 +1,52 @@
+"""The framework versions that this package works beside."""
+
+import sys
+from importlib import metadata
+
+# Module -> (names it is distributed under, first version that will do, first that will not).
+FRAMEWORKS = {
+    'mmengine': (('mmengine', 'mmengine-lite', 'onedl-mmengine'), '0.8.0', '1.0.0'),
+    'mmcv': (('mmcv', 'mmcv-full', 'mmcv-lite', 'onedl-mmcv'), '2.0.0', '3.0.0'),
+    'mmdet': (('mmdet', 'onedl-mmdetection'), '3.0.0', '4.0.0'),
+    'mmseg': (('mmsegmentation', 'onedl-mmsegmentation'), '1.0.0', '2.0.0'),
+}
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: '2.1.0rc1' -> (2, 1, 0)."""
+    numbers = []
+    for part in version.split('.')[:3]:
+        digits = part[: len(part) - len(part.lstrip('0123456789'))]
+        numbers.append(int(digits or 0))
+    return tuple(numbers)
+
+
+def installed_version(module: str, distributions: tuple[str, ...]) -> str | None:
+    """Version of a module that is imported already or else installed; never imports it."""
+    version = getattr(sys.modules.get(module), '__version__', None)
+    for distribution in distributions:
+        if version is not None:
+            break
+        try:
+            version = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return version
+
+
+def check_frameworks() -> None:
+    """Check that the OpenMMLab libraries on this machine are of the MMEngine era.
+
+    Raises:
+        ImportError: if MMEngine is missing or a library is of another era, with the versions wanted.
+    """
+    for module, (distributions, first, beyond) in FRAMEWORKS.items():
+        version = installed_version(module, distributions)
+        if version is None:
+            if module == 'mmengine':
+                raise ImportError(f'repvit_mm needs {module}>={first},<{beyond}: pip install {module}')
+            continue
+        if not _release(first) <= _release(version) < _release(beyond):
+            raise ImportError(
+                f'repvit_mm needs {module}>={first},<{beyond} but finds {module} {version}: install a matching version'
+            )

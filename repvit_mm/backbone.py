@@ -1,0 +1,252 @@
+"""What a dense-prediction backbone of this package is, whatever its blocks are."""
+
+import difflib
+import inspect
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from .checkpoint import translate, unwrap
+from .reparam import reparam_blocks, switch_to_deploy
+
+NUM_STAGES = 4
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise a ``ValueError`` that names the option and the nearest valid value unless ``value`` is a choice."""
+    if value not in choices:
+        nearest = difflib.get_close_matches(str(value), choices, n=1, cutoff=0)[0]
+        raise ValueError(f'{name}={value!r}: expected one of {", ".join(choices)}; the nearest is {nearest!r}')
+
+
+def check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
+    """``out_indices`` as a tuple, or a ``ValueError`` unless they are increasing stage indices from 0 to 3."""
+    indices = tuple(out_indices)
+    nearest = tuple(sorted({min(max(index, 0), NUM_STAGES - 1) for index in indices})) or (NUM_STAGES - 1,)
+    if indices != nearest:
+        raise ValueError(
+            f'out_indices={indices}: expected stage indices from 0 to {NUM_STAGES - 1}, '
+            f'each once and in increasing order; the nearest is {nearest}'
+        )
+    return indices
+
+
+def refuse_unknown(cls: type, unknown: Mapping[str, Any]) -> None:
+    """Raise a ``TypeError`` that names the first unknown option and the nearest one that ``cls`` takes."""
+    if not unknown:
+        return
+    name = next(iter(unknown))
+    if name == 'pretrained':
+        raise TypeError(
+            f"{cls.__name__} takes no option 'pretrained': set model.pretrained=None in the config and give the "
+            "backbone init_cfg=dict(type='Pretrained', checkpoint=...)"
+        )
+    options = [option for option in inspect.signature(cls).parameters if option != 'unknown']
+    nearest = difflib.get_close_matches(name, options, n=1, cutoff=0)[0]
+    raise TypeError(f'{cls.__name__} takes no option {name!r}: the nearest is {nearest!r} of {", ".join(options)}')
+
+
+@contextmanager
+def running_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Within the context live BatchNorms normalize by their batch and leave their running statistics alone."""
+    live = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    for norm in live:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in live:
+            norm.track_running_stats = True
+
+
+class ReparamBackbone(BaseModule, ABC):
+    """A stem and four stages of blocks with maps at strides 4, 8, 16 and 32.
+
+    A subclass says what its stem and its stages are made of; options, taps, freezing, checkpoint names and deployment
+    are the same for all and live here. Stages and blocks behind the last tap are not built: their parameters would
+    never get a gradient, which distributed training refuses.
+
+    Args:
+        arch: Name of a variant in ``specs``, or a dict with the fields of ``spec_type`` for one of your own.
+        out_indices: Stages whose maps are returned, increasing, from 0 to 3.
+        tap: Which block of a stage gives its map, a key of ``taps``.
+        drop_path_rate: Stochastic depth of the last block, in [0, 1); it grows linearly from 0 over the blocks.
+        norm_eval: Keep all BatchNorm statistics frozen during training; weights and biases go on learning.
+        frozen_stages: -1 freezes nothing, 0 the stem, k also the first k stages: statistics and parameters.
+        with_cp: Recompute each block in the backward pass instead of keeping its maps.
+        deploy: Build the network with its blocks already fused.
+        init_cfg: Initialization, as everywhere in MMEngine.
+    """
+
+    specs: ClassVar[Mapping[str, Any]]
+    spec_type: ClassVar[type]
+    taps: ClassVar[Mapping[str, int]] = {'stage_end': 0}
+    """Name of a tap -> how many blocks before the end of stages 0 to 2 it lies."""
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any],
+        out_indices: Sequence[int],
+        tap: str,
+        drop_path_rate: float,
+        norm_eval: bool,
+        frozen_stages: int,
+        with_cp: bool,
+        deploy: bool,
+        init_cfg: dict | list[dict] | None,
+    ) -> None:
+        super().__init__(init_cfg)
+        self.spec = self._resolve_spec(arch)
+        self.out_indices = check_out_indices(out_indices)
+        check_choice('tap', tap, list(self.taps))
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate={drop_path_rate}: expected a rate from 0 to below 1')
+        if frozen_stages not in range(-1, NUM_STAGES + 1):
+            raise ValueError(
+                f'frozen_stages={frozen_stages!r}: expected -1 (nothing), 0 (the stem) or k from 1 to {NUM_STAGES} '
+                '(also the first k stages)'
+            )
+        self.norm_eval = norm_eval
+        self.frozen_stages = frozen_stages
+        self.with_cp = with_cp
+
+        self.stem = self._make_stem()
+        drop_path_rates = torch.linspace(0, drop_path_rate, sum(self._stage_lengths())).split(self._stage_lengths())
+        stages = [
+            self._make_stage(index, drop_path_rates[index].tolist()) for index in range(self.out_indices[-1] + 1)
+        ]
+        # The last stage has no downsample behind it, so its map is its end under every tap.
+        offsets = [self.taps[tap]] * (NUM_STAGES - 1) + [0]
+        self._tapped = {(i, len(stages[i]) - 1 - offsets[i]) for i in self.out_indices}
+        stages[-1] = stages[-1][: max(self._tapped)[1] + 1]
+        self.stages = nn.ModuleList(nn.Sequential(*blocks) for blocks in stages)
+
+        if deploy:
+            switch_to_deploy(self)
+            self.eval()
+        self._freeze_stages()
+
+    @classmethod
+    def _resolve_spec(cls, arch: str | Mapping[str, Any]) -> Any:
+        if isinstance(arch, str):
+            check_choice('arch', arch, list(cls.specs))
+            return cls.specs[arch]
+        if not isinstance(arch, Mapping):
+            raise TypeError(f'arch={arch!r}: expected a name or a dict, e.g. {next(iter(cls.specs))!r}')
+        fields = list(inspect.signature(cls.spec_type).parameters)
+        for name in arch:
+            check_choice('field of arch', name, fields)
+        values = {name: tuple(v) if isinstance(v, Sequence) else v for name, v in arch.items()}
+        try:
+            return cls.spec_type(**values)
+        except TypeError as error:
+            raise TypeError(f'arch={dict(arch)!r}: {error}') from None
+
+    @abstractmethod
+    def _make_stem(self) -> nn.Module:
+        """The stem, ``(N, 3, H, W)`` to ``(N, C, ceil(H / 4), ceil(W / 4))``."""
+
+    @abstractmethod
+    def _make_stage(self, index: int, drop_path_rates: Sequence[float]) -> list[nn.Module]:
+        """The blocks of one stage; the first one of stages 1 to 3 halves the map."""
+
+    @abstractmethod
+    def _stage_lengths(self) -> list[int]:
+        """The number of blocks of each of the four stages."""
+
+    @property
+    def out_channels(self) -> tuple[int, ...]:
+        """Channels of the returned maps."""
+        return tuple(self.spec.channels[index] for index in self.out_indices)
+
+    @property
+    def deployed(self) -> bool:
+        """Whether no block is left to fuse."""
+        return not reparam_blocks(self)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Feature maps of the stages in ``out_indices``.
+
+        Args:
+            x: Images ``(N, 3, H, W)``, normalized, H and W at least 32.
+
+        Returns:
+            For each stage ``i`` in ``out_indices`` a map ``(N, C_i, ceil(H / s), ceil(W / s))``, ``s = 4 * 2 ** i``.
+        """
+        x = self._run(self.stem, x)
+        maps = []
+        for i, stage in enumerate(self.stages):
+            for j, block in enumerate(stage):
+                x = self._run(block, x)
+                if (i, j) in self._tapped:
+                    maps.append(x)
+        return tuple(maps)
+
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        if not (self.with_cp and self.training and torch.is_grad_enabled()):
+            return block(x)
+        # The second run of a block must not count its batch twice in live statistics.
+        contexts = (nullcontext(), running_statistics_kept(block))
+        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: contexts)
+
+    def _freeze_stages(self) -> None:
+        frozen = [self.stem, *self.stages][: self.frozen_stages + 1]
+        for module in frozen:
+            module.eval()
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> 'ReparamBackbone':
+        """Set the mode, but keep frozen what ``norm_eval`` and ``frozen_stages`` say.
+
+        Raises:
+            RuntimeError: on ``train(True)`` of a fused network, which has no BatchNorm left to train.
+        """
+        if mode and self.deployed:
+            raise RuntimeError(
+                f'{type(self).__name__} is fused for deployment and cannot be trained: '
+                'build it with deploy=False and load a checkpoint of the unfused network'
+            )
+        super().train(mode)
+        self._freeze_stages()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Take the released tensor names as well as our own; set aside what this network does not build."""
+        if not prefix:
+            unwrap(state_dict)
+        names = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
+        ours = translate(names)
+        aside: dict[str, int] = {}
+        for name in names:
+            tensor = state_dict.pop(prefix + name)
+            reason = 'classification head' if ours[name] is None else self._not_built(ours[name])
+            if reason:
+                aside[reason] = aside.get(reason, 0) + 1
+            else:
+                state_dict[prefix + ours[name]] = tensor
+        for reason, count in aside.items():
+            print_log(f'{type(self).__name__}: {count} tensors set aside ({reason})', 'current', logging.INFO)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _not_built(self, name: str) -> str | None:
+        """Why this network has no place for a tensor that a full network of its spec has, or ``None``."""
+        head, *indices = name.split('.')[:3]
+        if head != 'stages' or len(indices) < 2 or not all(index.isdecimal() for index in indices):
+            return None
+        i, j = map(int, indices)
+        if i < NUM_STAGES and j < self._stage_lengths()[i] and (i, j) > max(self._tapped):
+            return f'behind the last tap of out_indices={self.out_indices}'
+        return None

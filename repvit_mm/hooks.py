@@ -1,0 +1,85 @@
+"""Hooks for MMEngine's Runner."""
+
+import logging
+
+import torch
+from mmengine.hooks import EMAHook, Hook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+
+from .backbone import ReparamBackbone
+from .reparam import plain_formulation, reparam_blocks, switch_to_deploy
+
+
+@HOOKS.register_module()
+class FuseOnDeployHook(Hook):
+    """Fuses the model before a stand-alone test run and proves that its outputs stay the same.
+
+    A run that trains is left alone, its validation and a test after training too: fusing replaces parameters that the
+    optimizer and the checkpoints know. An :class:`~mmengine.hooks.EMAHook` exchanges parameters with its averaged copy
+    one by one in their order, so that copy is fused as well. Put it in a config as
+    ``custom_hooks = [dict(type='FuseOnDeployHook')]``.
+
+    Args:
+        tolerance: Largest difference that is accepted between the feature maps of the unfused network, run branch by
+            branch, and those of the fused one, relative to the largest absolute value in the maps.
+
+    Raises:
+        RuntimeError: before the test if the difference is larger, or if the model has nothing to fuse.
+    """
+
+    priority = 'VERY_LOW'
+
+    def __init__(self, tolerance: float = 1e-2) -> None:
+        self.tolerance = tolerance
+
+    def before_test(self, runner: Runner) -> None:
+        """Fuse the runner's model and its averaged copies."""
+        # The runner turns its loops from dicts into objects as it first uses them.
+        if not (runner._train_loop is None or isinstance(runner._train_loop, dict)):
+            print_log('FuseOnDeployHook: this run trains, the model is not fused', 'current', logging.INFO)
+            return
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        self._fuse(model)
+        for hook in runner.hooks:
+            if isinstance(hook, EMAHook):
+                switch_to_deploy(hook.ema_model)
+
+    def _fuse(self, model: nn.Module) -> None:
+        count = len(reparam_blocks(model))
+        backbones = [module for module in model.modules() if isinstance(module, ReparamBackbone)]
+        if not backbones:
+            raise RuntimeError('FuseOnDeployHook: the model has no backbone of repvit_mm, there is nothing to fuse')
+        if not count:
+            print_log('FuseOnDeployHook: the model is fused already', 'current', logging.INFO)
+            return
+        model.eval()
+        images = [self._random_image(backbone) for backbone in backbones]
+        with torch.no_grad(), plain_formulation(model):
+            before = [backbone(image) for backbone, image in zip(backbones, images, strict=True)]
+        switch_to_deploy(model)
+        with torch.no_grad():
+            after = [backbone(image) for backbone, image in zip(backbones, images, strict=True)]
+        pairs = [(a.float(), b.float()) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True)]
+        largest = max((a - b).abs().max().item() for a, b in pairs)
+        relative = max(((a - b).abs().max() / a.abs().max().clamp_min(1e-12)).item() for a, b in pairs)
+        print_log(
+            f'FuseOnDeployHook: fused {count} blocks; on a random input the largest output difference is '
+            f'{largest:.2e}, {relative:.2e} of the largest output',
+            'current',
+            logging.INFO,
+        )
+        if not relative <= self.tolerance:
+            raise RuntimeError(
+                f'FuseOnDeployHook: the fused network differs by {relative:.2e} of the largest output, more than '
+                f'tolerance={self.tolerance:.2e}: check the checkpoint for broken BatchNorm statistics'
+            )
+
+    @staticmethod
+    def _random_image(backbone: ReparamBackbone) -> torch.Tensor:
+        like = next(backbone.parameters())
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(1, 3, 64, 96, generator=generator).to(like)

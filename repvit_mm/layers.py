@@ -1,0 +1,82 @@
+"""What the backbones are built from."""
+
+import torch
+from torch import Tensor, nn
+
+from .reparam import Kernel, ReparamBlock, conv_kernel, fold_norm
+
+
+class ConvBN(ReparamBlock):
+    """Convolution without bias and BatchNorm; odd kernels, "same" padding.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Height and width of the kernel, odd.
+        stride: Stride of the convolution.
+        groups: Groups of the convolution.
+        norm_weight: Initial weight of the norm; 0 lets a residual branch start as nothing.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        norm_weight: float = 1.0,
+    ) -> None:
+        super().__init__(stride, kernel_size // 2, groups)
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, self.padding, groups=groups, bias=False
+        )
+        self.bn = nn.BatchNorm2d(out_channels)
+        nn.init.constant_(self.bn.weight, norm_weight)
+
+    def branches(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+    def equivalent_kernel(self) -> Kernel:
+        return fold_norm(conv_kernel(self.conv), self.bn)
+
+
+class SqueezeExcite(nn.Module):
+    """Squeeze-and-excitation (https://arxiv.org/abs/1709.01507): gates each channel by the image's mean of all.
+
+    Args:
+        channels: Channels of the map.
+        hidden_channels: Width of the bottleneck.
+    """
+
+    def __init__(self, channels: int, hidden_channels: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, hidden_channels, 1)
+        self.act = nn.ReLU()
+        self.fc2 = nn.Conv2d(hidden_channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True))))
+        return x * gate.sigmoid()
+
+
+class StochasticDepth(nn.Module):
+    """Drops a residual branch for whole images during training (https://arxiv.org/abs/1603.09382).
+
+    Args:
+        rate: Probability with which an image's branch is dropped, in [0, 1).
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        kept = torch.empty(x.shape[0], 1, 1, 1, dtype=x.dtype, device=x.device).bernoulli_(keep)
+        return x * (kept / keep)
+
+    def extra_repr(self) -> str:
+        return f'rate={self.rate:.3g}'

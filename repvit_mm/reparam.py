@@ -1,0 +1,187 @@
+"""Structural re-parameterization: blocks of linear branches that equal one convolution.
+
+The idea is RepVGG's (https://arxiv.org/abs/2101.03697). Here it is written down once: a :class:`ReparamBlock` states its
+equivalent kernel as a differentiable function of its own parameters. Three things follow from that one statement.
+
+* With live BatchNorm statistics the block runs its branches.
+* With frozen statistics it runs one convolution with the equivalent kernel: same output, same gradients.
+* :func:`switch_to_deploy` writes the kernel into a plain ``nn.Conv2d`` in the block's place.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class Kernel(NamedTuple):
+    """A convolution as two tensors: weight ``(C_out, C_in / groups, kH, kW)`` and bias ``(C_out,)``."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+def conv_kernel(conv: nn.Conv2d) -> Kernel:
+    """The kernel of a convolution; a missing bias is zero."""
+    bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
+    return Kernel(conv.weight, bias)
+
+
+def identity_kernel(like: Kernel) -> Kernel:
+    """The kernel that leaves a map as it is, for the channels, groups, size, dtype and device of ``like``."""
+    out_channels, in_channels_per_group, *_ = like.weight.shape
+    weight = nn.init.dirac_(torch.zeros_like(like.weight), groups=out_channels // in_channels_per_group)
+    return Kernel(weight, torch.zeros_like(like.bias))
+
+
+def pad_kernel(kernel: Kernel, size: tuple[int, int]) -> Kernel:
+    """The same convolution with a larger kernel of ``size`` (kH, kW), zero around the old one."""
+    (height, width), (old_height, old_width) = size, kernel.weight.shape[2:]
+    pad_y, odd_y = divmod(height - old_height, 2)
+    pad_x, odd_x = divmod(width - old_width, 2)
+    if odd_y or odd_x or pad_y < 0 or pad_x < 0:
+        raise ValueError(f'cannot centre a {old_height}x{old_width} kernel in a {height}x{width} one')
+    return Kernel(F.pad(kernel.weight, (pad_x, pad_x, pad_y, pad_y)), kernel.bias)
+
+
+def add_kernels(first: Kernel, *others: Kernel) -> Kernel:
+    """The sum of parallel convolutions; the first one has the largest kernel."""
+    weight, bias = first
+    for other in others:
+        padded = pad_kernel(other, weight.shape[2:])
+        weight, bias = weight + padded.weight, bias + padded.bias
+    return Kernel(weight, bias)
+
+
+def fold_norm(kernel: Kernel, norm: _BatchNorm) -> Kernel:
+    """A convolution followed by a BatchNorm with frozen statistics, as one convolution.
+
+    Raises:
+        ValueError: if the norm keeps no running statistics, so that it is no fixed function.
+    """
+    if norm.running_mean is None:
+        raise ValueError(f'{norm} keeps no running statistics: only a norm with track_running_stats=True can be folded')
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    return Kernel(kernel.weight * scale.view(-1, 1, 1, 1), kernel.bias * scale + shift)
+
+
+class ReparamBlock(nn.Module, ABC):
+    """Linear branches and BatchNorms that together equal one convolution.
+
+    A subclass states the function twice: :meth:`branches` runs it as it is trained, :meth:`equivalent_kernel` gives
+    the convolution it equals. Which of them :meth:`forward` takes depends on the BatchNorms alone.
+
+    Args:
+        stride: Stride of the equivalent convolution.
+        padding: Its zero padding.
+        groups: Its groups.
+    """
+
+    folds = True
+    """Whether frozen statistics make the block run as one convolution; see :func:`plain_formulation`."""
+
+    def __init__(self, stride: int, padding: int, groups: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.padding = padding
+        self.groups = groups
+
+    @abstractmethod
+    def branches(self, x: Tensor) -> Tensor:
+        """The block as it is trained, ``(N, C_in, H, W)`` to ``(N, C_out, H', W')``."""
+
+    @abstractmethod
+    def equivalent_kernel(self) -> Kernel:
+        """The one convolution that the block equals while its statistics are frozen, differentiable."""
+
+    def statistics_frozen(self) -> bool:
+        """Whether every BatchNorm of the block is a fixed affine map (``eval`` mode, running statistics kept)."""
+        return all(
+            not module.training and module.running_mean is not None
+            for module in self.modules()
+            if isinstance(module, _BatchNorm)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.folds and self.statistics_frozen()):
+            return self.branches(x)
+        weight, bias = self.equivalent_kernel()
+        return F.conv2d(x, weight, bias, self.stride, self.padding, groups=self.groups)
+
+    @torch.no_grad()
+    def to_conv(self) -> nn.Conv2d:
+        """The block as a plain convolution of the same device, dtype and mode, folded in float64."""
+        weight, bias = copy.deepcopy(self).to('cpu', torch.float64).equivalent_kernel()
+        out_channels, in_channels_per_group, *size = weight.shape
+        like = next(self.parameters())
+        conv = nn.Conv2d(
+            in_channels_per_group * self.groups,
+            out_channels,
+            tuple(size),
+            self.stride,
+            self.padding,
+            groups=self.groups,
+            device=like.device,
+            dtype=like.dtype,
+        )
+        conv.weight.copy_(weight)
+        conv.bias.copy_(bias)
+        return conv.train(self.training).requires_grad_(like.requires_grad)
+
+
+def reparam_blocks(model: nn.Module) -> list[ReparamBlock]:
+    """The outermost re-parameterizable blocks of a module tree: the ones that deploying replaces."""
+    if isinstance(model, ReparamBlock):
+        return [model]
+    return [block for child in model.children() for block in reparam_blocks(child)]
+
+
+def switch_to_deploy(model: nn.Module) -> nn.Module:
+    """Replace each re-parameterizable block in a module tree by the one convolution that it equals.
+
+    Works in place and leaves every other module, and each module's device, dtype and mode, as it is. A model without
+    such blocks, a fused one say, comes back unchanged.
+
+    Args:
+        model: Any module: a backbone, a whole detector, one wrapped for distributed running.
+
+    Returns:
+        The same ``model``; only if it is itself a block, the convolution that takes its place.
+
+    Raises:
+        ValueError: if a BatchNorm keeps no running statistics. Nothing is replaced then.
+    """
+    # Every kernel is computed before the first block is replaced; a block used in two places stays one convolution.
+    convs = {block: block.to_conv() for block in reparam_blocks(model)}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in convs:
+                setattr(parent, name, convs[child])
+    return convs.get(model, model)
+
+
+@contextmanager
+def plain_formulation(model: nn.Module) -> Iterator[None]:
+    """Within the context the blocks of ``model`` run their branches even where the statistics are frozen.
+
+    This is the second formulation of the same function: what folding is checked and measured against.
+    """
+    before = {block: block.folds for block in reparam_blocks(model)}
+    for block in before:
+        block.folds = False
+    try:
+        yield
+    finally:
+        for block, folds in before.items():
+            block.folds = folds
