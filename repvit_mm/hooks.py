@@ -14,6 +14,10 @@ from .backbone import ReparamBackbone
 from .reparam import plain_formulation, reparam_blocks, switch_to_deploy
 
 
+class FusionError(RuntimeError):
+    """A model cannot be fused, or its fused network does not compute the same."""
+
+
 @HOOKS.register_module()
 class FuseOnDeployHook(Hook):
     """Fuses the model before a stand-alone test run and proves that its outputs stay the same.
@@ -28,7 +32,7 @@ class FuseOnDeployHook(Hook):
             branch, and those of the fused one, relative to the largest absolute value in the maps.
 
     Raises:
-        RuntimeError: before the test if the difference is larger, or if the model has nothing to fuse.
+        FusionError: before the test if the difference is larger, or if the model has nothing to fuse.
     """
 
     priority = 'VERY_LOW'
@@ -52,7 +56,7 @@ class FuseOnDeployHook(Hook):
         count = len(reparam_blocks(model))
         backbones = [module for module in model.modules() if isinstance(module, ReparamBackbone)]
         if not backbones:
-            raise RuntimeError('FuseOnDeployHook: the model has no backbone of repvit_mm, there is nothing to fuse')
+            raise FusionError('FuseOnDeployHook: the model has no backbone of repvit_mm, there is nothing to fuse')
         if not count:
             print_log('FuseOnDeployHook: the model is fused already', 'current', logging.INFO)
             return
@@ -73,7 +77,7 @@ class FuseOnDeployHook(Hook):
             logging.INFO,
         )
         if not relative <= self.tolerance:
-            raise RuntimeError(
+            raise FusionError(
                 f'FuseOnDeployHook: the fused network differs by {relative:.2e} of the largest output, more than '
                 f'tolerance={self.tolerance:.2e}: check the checkpoint for broken BatchNorm statistics'
             )

@@ -1,0 +1,7 @@
+_base_ = '../_base_/mask_rcnn_repvit_fpn_1x_coco.py'
+
+checkpoint = 'https://github.com/THU-MIG/RepViT/releases/download/v1.0/repvit_m2_3_distill_450e.pth'
+model = dict(
+    backbone=dict(arch='m2_3', init_cfg=dict(checkpoint=checkpoint)),
+    neck=dict(in_channels=[80, 160, 320, 640]),
+)

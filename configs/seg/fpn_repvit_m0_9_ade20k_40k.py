@@ -1,0 +1,8 @@
+# The authors released no such model: their recipe for the larger variants, applied by us.
+_base_ = '../_base_/fpn_repvit_ade20k_40k.py'
+
+checkpoint = 'https://github.com/THU-MIG/RepViT/releases/download/v1.0/repvit_m0_9_distill_300e.pth'
+model = dict(
+    backbone=dict(arch='m0_9', init_cfg=dict(checkpoint=checkpoint)),
+    neck=dict(in_channels=[48, 96, 192, 384]),
+)

@@ -1,0 +1,7 @@
+_base_ = '../_base_/fpn_repvit_ade20k_40k.py'
+
+checkpoint = 'https://github.com/THU-MIG/RepViT/releases/download/v1.0/repvit_m1_5_distill_300e.pth'
+model = dict(
+    backbone=dict(arch='m1_5', init_cfg=dict(checkpoint=checkpoint)),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+)

@@ -1,0 +1,37 @@
+import logging
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from helpers import SMALL, randomize
+from mmengine.logging import MMLogger
+
+from repvit_mm.backbone import ReparamBackbone
+
+# The maps of the tests are too small to share between threads: handing them over costs more than it saves.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=SMALL)
+def build(request: pytest.FixtureRequest) -> Callable[..., ReparamBackbone]:
+    """Builds a small network of one kind, with the given options and weights that its tensors' names decide."""
+    cls, arch = SMALL[request.param]
+
+    return lambda **options: randomize(cls(arch, **options))
+
+
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    """What the package writes into MMEngine's log from here on."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)

@@ -1,0 +1,549 @@
+"""What every backbone of the package must do. A further one joins by its rows in ``helpers.py``."""
+
+import copy
+import inspect
+import io
+import itertools
+import math
+import pickle
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import GOLDENS, HEADS, SMALL, STATISTICS, Golden, image, largest_error, randomize, relative_error
+from mmengine.config import ConfigDict
+from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from repvit_mm import RepViT, switch_to_deploy
+from repvit_mm.backbone import ReparamBackbone
+from repvit_mm.layers import StochasticDepth
+from repvit_mm.reparam import ReparamBlock, plain_formulation, reparam_blocks
+
+SUBSETS = [subset for size in range(1, 5) for subset in itertools.combinations(range(4), size)]
+
+
+def norms(model: nn.Module) -> list[_BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
+def statistics(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith(STATISTICS)}
+
+
+def total(maps: tuple[Tensor, ...]) -> Tensor:
+    """A number that depends on every element of every map."""
+    return sum(m.square().mean() for m in maps)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 64, 96)
+
+
+@pytest.fixture(scope='module', params=GOLDENS, ids=lambda golden: golden.name)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return request.param
+
+
+@pytest.fixture(scope='module')
+def weights(golden: Golden) -> dict[str, Tensor]:
+    """The reference's state dict, under the reference's names."""
+    return golden.state_dict()
+
+
+@pytest.fixture(scope='module')
+def networks(golden: Golden, weights: dict[str, Tensor]) -> dict[str, ReparamBackbone]:
+    """One network for each tap, float64, loaded with the reference's state dict."""
+    networks = {}
+    for tap in golden.taps:
+        networks[tap] = golden.backbone(golden.arch, tap=tap).double().eval()
+        networks[tap].load_state_dict(weights, strict=True)
+    return networks
+
+
+class TestGolden:
+    """Against what the authors' and timm's code computed, from weights under their names."""
+
+    @torch.no_grad()
+    def test_outputs(self, golden, networks):
+        x = image()
+        for tap, network in networks.items():
+            expected = golden.maps(tap)
+            with plain_formulation(network):
+                assert largest_error(network(x.double()), expected) < 1e-7
+            single = copy.deepcopy(network).float()
+            assert largest_error(single(x), expected) < 1e-5
+            assert largest_error(switch_to_deploy(single)(x), expected) < 1e-5
+
+    @torch.no_grad()
+    def test_fused_network_is_the_same_function(self, networks):
+        x = image().double()
+        for network in networks.values():
+            with plain_formulation(network):
+                expected = network(x)
+            assert largest_error(network(x), expected) < 1e-9
+            assert largest_error(switch_to_deploy(copy.deepcopy(network))(x), expected) < 1e-9
+
+    def test_parameter_count(self, golden, networks):
+        learned = [
+            math.prod(shape) for name, shape in golden.shapes.items() if not name.startswith(HEADS) and
+            not name.endswith(STATISTICS)
+        ]
+        count = sum(parameter.numel() for parameter in networks['pre_downsample'].parameters())
+        assert count == sum(learned) == golden.facts.get('backbone_params', count)
+
+    def test_wrong_checkpoint_is_not_taken_in_silence(self, golden, networks, weights):
+        network = next(iter(networks.values()))
+        learned = [name for name in weights if not name.startswith(HEADS) and not name.endswith(STATISTICS)]
+        for name in (learned[0], learned[-1]):
+            with pytest.raises(RuntimeError, match='Missing key'):
+                network.load_state_dict({key: tensor for key, tensor in weights.items() if key != name}, strict=True)
+            with pytest.raises(RuntimeError, match='Unexpected key'):
+                network.load_state_dict({**weights, f'{name}_': weights[name]}, strict=True)
+            with pytest.raises(RuntimeError, match='size mismatch'):
+                network.load_state_dict({**weights, name: torch.zeros(5, 5, 5)}, strict=True)
+
+
+class TestMaps:
+    """Shapes, taps, and what is built for them."""
+
+    @pytest.mark.parametrize('size', [(32, 32), (33, 47), (64, 96), (75, 101)], ids=str)
+    @pytest.mark.parametrize('deploy', [False, True], ids=['unfused', 'fused'])
+    def test_strides_and_channels(self, build, size, deploy):
+        network = build(deploy=deploy).eval()
+        maps = network(torch.randn(2, 3, *size))
+        expected = [(2, c, *(math.ceil(side / s) for side in size)) for c, s in zip((8, 16, 24, 32), (4, 8, 16, 32))]
+        assert [tuple(m.shape) for m in maps] == expected
+        assert network.out_channels == (8, 16, 24, 32)
+
+    @pytest.mark.parametrize('out_indices', SUBSETS, ids=str)
+    def test_some_maps_are_those_of_the_whole(self, build, out_indices, x, log):
+        for tap in build().taps:
+            whole = build(tap=tap).eval()
+            part = build(tap=tap, out_indices=list(out_indices)).eval()
+            for tensor in part.state_dict().values():
+                tensor.zero_()
+            log.clear()
+            part.load_state_dict(whole.state_dict(), strict=True)
+            aside = len(whole.state_dict()) - len(part.state_dict())
+            assert part.out_channels == tuple((8, 16, 24, 32)[i] for i in out_indices)
+            assert all(torch.equal(a, b) for a, b in zip(part(x), [whole(x)[i] for i in out_indices], strict=True))
+            if aside:
+                assert len(log) == 1 and f' {aside} tensors set aside' in log[0] and str(out_indices) in log[0]
+            else:
+                assert not log
+
+    @pytest.mark.parametrize('out_indices', SUBSETS, ids=str)
+    def test_every_parameter_gets_a_gradient(self, build, out_indices, x):
+        for tap in build().taps:
+            network = build(tap=tap, out_indices=out_indices).train()
+            total(network(x)).backward()
+            assert [name for name, parameter in network.named_parameters() if parameter.grad is None] == []
+
+    def test_taps_differ_but_for_the_last_stage(self, build, x):
+        end, before = (build(tap=tap).eval()(x) for tap in ('stage_end', 'pre_downsample'))
+        assert [torch.equal(a, b) for a, b in zip(end, before)] == [False, False, False, True]
+
+    def test_set_aside_head_is_logged_beside_unbuilt_stages(self, log):
+        golden = GOLDENS[0]
+        network = golden.backbone(golden.arch, out_indices=(0, 1))
+        network.load_state_dict(golden.state_dict(), strict=True)
+        heads = sum(name.startswith(HEADS) for name in golden.shapes)
+        unbuilt = len(golden.shapes) - heads - len(network.state_dict())
+        assert len(log) == 2
+        assert any(f' {heads} tensors set aside (classification head)' in line for line in log)
+        assert any(f' {unbuilt} tensors set aside (behind the last tap' in line for line in log)
+
+    def test_stages_beyond_those_of_the_variant_are_not_set_aside(self, build):
+        network = build(out_indices=(0,))
+        weights = network.state_dict()
+        for name in ('stages.4.0.x', 'stages.1.99.x', 'stages.0.2.x', 'stages.0.x', 'stages.a.0.x', 'neck.x'):
+            with pytest.raises(RuntimeError, match=name):
+                network.load_state_dict({**weights, name: torch.zeros(1)}, strict=True)
+
+
+class TestFreezing:
+    @pytest.mark.parametrize('frozen_stages', range(-1, 5))
+    def test_frozen_stages_stay_frozen(self, build, frozen_stages, x):
+        network = build(frozen_stages=frozen_stages)
+        parts = [network.stem, *network.stages]
+        frozen, live = parts[: frozen_stages + 1], parts[frozen_stages + 1 :]
+
+        def check() -> None:
+            assert not any(module.training for part in frozen for module in part.modules())
+            assert not any(parameter.requires_grad for part in frozen for parameter in part.parameters())
+            assert all(parameter.requires_grad for part in live for parameter in part.parameters())
+
+        check()
+        for mode in (True, False, True):
+            network.train(mode)
+            check()
+            assert all(module.training is mode for part in live for module in part.modules())
+
+        before = [statistics(part) for part in parts]
+        maps = network(x)
+        if live:
+            total(maps).backward()
+        for part, old in zip(parts, before, strict=True):
+            changed = [not torch.equal(old[name], tensor) for name, tensor in statistics(part).items()]
+            assert changed and all(change is (part in live) for change in changed)
+            assert all((parameter.grad is not None) is (part in live) for parameter in part.parameters())
+
+    def test_norm_eval_freezes_statistics_alone(self, build, x):
+        network = build(norm_eval=True)
+        for mode in (True, False, True):
+            network.train(mode)
+            assert not any(norm.training for norm in norms(network))
+            assert all(isinstance(m, _BatchNorm) or m.training is mode for m in network.modules())
+        before = statistics(network)
+        total(network(x)).backward()
+        assert all(torch.equal(before[name], tensor) for name, tensor in statistics(network).items())
+        assert all(parameter.grad is not None for norm in norms(network) for parameter in norm.parameters())
+
+    def test_live_norms_run_branches_and_gather_statistics(self, build, x):
+        network = build().train()
+        before = statistics(network)
+        network(x)
+        unmoved = [name for name, tensor in statistics(network).items() if torch.equal(before[name], tensor)]
+        assert unmoved == []
+
+    def test_norm_eval_and_frozen_stages_go_together(self, build):
+        network = build(norm_eval=True, frozen_stages=1).train()
+        assert not any(norm.training for norm in norms(network))
+        assert not any(module.training for module in network.stages[0].modules())
+        assert network.stages[1].training
+        assert all(parameter.requires_grad for parameter in network.stages[1].parameters())
+
+
+def gradients(network: ReparamBackbone, x: Tensor, retain_graph: bool = False) -> dict[str, Tensor]:
+    """Gradients of every parameter and of the input."""
+    x = x.clone().requires_grad_()
+    leaves = {**dict(network.named_parameters()), 'input': x}
+    loss = total(network(x))
+    for _ in range(1 + retain_graph):
+        found = torch.autograd.grad(loss, list(leaves.values()), retain_graph=retain_graph)
+    return dict(zip(leaves, found, strict=True))
+
+
+def gradient_errors(network: ReparamBackbone, x: Tensor) -> dict[str, float]:
+    """Relative difference of each gradient between running by one convolution a block and by its branches."""
+    with plain_formulation(network):
+        expected = gradients(network, x)
+    return {name: relative_error(gradient, expected[name]) for name, gradient in gradients(network, x).items()}
+
+
+class TestFolding:
+    def test_gradients_are_those_of_the_branches(self, build, x):
+        network = build(norm_eval=True).double().train()
+        errors = gradient_errors(network, x.double())
+        assert len(errors) == len(list(network.parameters())) + 1
+        assert max(errors.values()) < 1e-9
+
+    def test_gradients_of_a_published_network_are_those_of_the_branches(self):
+        golden = GOLDENS[0]
+        network = golden.backbone(golden.arch, norm_eval=True).double().train()
+        network.load_state_dict(golden.state_dict())
+        assert max(gradient_errors(network, image().double()).values()) < 1e-9
+
+    @torch.no_grad()
+    def test_fusion_check_notices_any_broken_block(self, build, x):
+        """Twin of the golden test: one branch of one block is broken before fusing."""
+        network, x = build().double().eval(), x.double()
+        with plain_formulation(network):
+            expected = network(x)
+        for block in reparam_blocks(network):
+            tensor = next(tensor for name, tensor in block.named_parameters() if name.endswith('conv.weight'))
+            before = tensor.clone()
+            tensor.mul_(0.9)
+            assert largest_error(network(x), expected) > 1e-6
+            assert largest_error(switch_to_deploy(copy.deepcopy(network))(x), expected) > 1e-6
+            tensor.copy_(before)
+        assert largest_error(switch_to_deploy(network)(x), expected) < 1e-9
+
+    def test_gradient_check_notices_one_broken_branch(self, build, x):
+        network = build(norm_eval=True).double().train()
+        expected = gradients(network, x.double())
+        with torch.no_grad():
+            reparam_blocks(network)[-1].state_dict()['bn.running_var'].mul_(1.001)
+        actual = gradients(network, x.double())
+        assert max(relative_error(gradient, expected[name]) for name, gradient in actual.items()) > 1e-6
+
+
+class TestDeploy:
+    def test_deployed_network_is_plain(self, build, x):
+        network = build().eval()
+        expected = network(x)
+        blocks = len(reparam_blocks(network))
+        convolutions = sum(type(module) is nn.Conv2d for module in network.modules())
+        inside = sum(type(m) is nn.Conv2d for block in reparam_blocks(network) for m in block.modules())
+        assert not network.deployed
+        assert switch_to_deploy(network) is network
+        assert network.deployed
+        assert not any(isinstance(module, (ReparamBlock, _BatchNorm)) for module in network.modules())
+        assert sum(type(m) is nn.Conv2d for m in network.modules()) == convolutions - inside + blocks
+        assert largest_error(network(x), expected) < 1e-5
+
+    def test_built_deployed_and_fused_have_one_state_dict(self, build, x):
+        fused, built = switch_to_deploy(build()), build(deploy=True)
+        shapes = [{n: t.shape for n, t in network.state_dict().items()} for network in (fused, built)]
+        assert shapes[0] == shapes[1]
+        assert not built.training
+        assert not torch.equal(built.eval()(x)[-1], fused.eval()(x)[-1]), 'their weights differ'
+        fused_weights, built_weights = copy.deepcopy(fused.state_dict()), copy.deepcopy(built.state_dict())
+        expected = fused(x)
+        built.load_state_dict(fused_weights, strict=True)
+        assert largest_error(built(x), expected) == 0
+        fused.load_state_dict(built_weights, strict=True)
+        assert all(torch.equal(tensor, built_weights[name]) for name, tensor in fused.state_dict().items())
+
+    def test_unfused_weights_do_not_load_into_a_fused_network(self, build):
+        with pytest.raises(RuntimeError, match='Missing key'):
+            build(deploy=True).load_state_dict(build().state_dict(), strict=True)
+
+    @pytest.mark.parametrize('options', [{}, {'norm_eval': True}, {'frozen_stages': 4}], ids=str)
+    def test_fused_network_refuses_to_train(self, build, options):
+        network = switch_to_deploy(build(**options).eval())
+        for model in (network, nn.Sequential(network)):
+            with pytest.raises(RuntimeError, match='fused for deployment and cannot be trained') as error:
+                model.train()
+            assert '\n' not in str(error.value)
+        assert network.train(False) is network
+        assert not network.training
+
+    @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+    def test_mode_and_frozen_parameters_are_kept(self, build, training):
+        network = build(frozen_stages=1).train(training)
+        switch_to_deploy(network)
+        assert network.training is training
+        for part in (network.stem, network.stages[0]):
+            assert not any(module.training for module in part.modules())
+            assert not any(parameter.requires_grad for parameter in part.parameters())
+        for part in network.stages[1:]:
+            assert all(module.training is training for module in part.modules())
+            assert all(parameter.requires_grad for parameter in part.parameters())
+
+    @pytest.mark.parametrize('fused', [False, True])
+    def test_copies_are_the_same_network(self, build, x, fused):
+        network = build(tap='pre_downsample', out_indices=(0, 2)).eval()
+        if fused:
+            switch_to_deploy(network)
+        expected = network(x)
+        file = io.BytesIO()
+        torch.save(network.state_dict(), file)
+        file.seek(0)
+        loaded = build(tap='pre_downsample', out_indices=(0, 2), deploy=fused).eval()
+        for tensor in loaded.state_dict().values():
+            tensor.zero_()
+        loaded.load_state_dict(torch.load(file, weights_only=True), strict=True)
+        for other in (copy.deepcopy(network), pickle.loads(pickle.dumps(network)), loaded):
+            assert largest_error(other(x), expected) == 0
+            assert other.deployed is fused
+
+
+class TestCheckpointing:
+    """``with_cp`` changes memory and time, nothing else."""
+
+    @pytest.mark.parametrize(
+        'options',
+        [{}, {'norm_eval': True}, {'frozen_stages': 2}, {'drop_path_rate': 0.5}, {'norm_eval': True, 'drop_path_rate': 0.5}],
+        ids=str,
+    )
+    def test_same_maps_gradients_and_statistics(self, build, x, options):
+        results = []
+        for with_cp in (False, True):
+            network = build(with_cp=with_cp, **options).double().train()
+            torch.manual_seed(1)
+            maps = network(x.double())
+            total(maps).backward()
+            grads = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+            results.append((maps, grads, statistics(network)))
+        (maps, grads, stats), (cp_maps, cp_grads, cp_stats) = results
+        assert largest_error(cp_maps, maps) < 1e-12
+        assert grads.keys() == cp_grads.keys() and len(grads) > 10
+        assert max(relative_error(cp_grads[name], grad) for name, grad in grads.items() if grad.norm() > 1e-9) < 1e-9
+        assert all(torch.equal(cp_stats[name], tensor) for name, tensor in stats.items())
+
+    @pytest.mark.parametrize('norm_eval', [False, True])
+    def test_backward_may_run_twice(self, build, x, norm_eval):
+        expected = gradients(build(norm_eval=norm_eval).train(), x)
+        twice = gradients(build(norm_eval=norm_eval, with_cp=True).train(), x, retain_graph=True)
+        assert relative_error(twice['input'], expected['input']) < 1e-5
+
+    def test_every_block_is_recomputed_when_training_and_none_otherwise(self, build, x):
+        runs = []
+        network = build(with_cp=True, norm_eval=True)
+        blocks = [network.stem, *(block for stage in network.stages for block in stage)]
+        for block in blocks:
+            block.register_forward_pre_hook(lambda block, args: runs.append(block))
+        total(network.eval()(x)).backward()
+        assert runs == blocks
+        runs.clear()
+        with torch.no_grad():
+            network.train()(x)
+        assert runs == blocks
+        runs.clear()
+        total(network(x)).backward()
+        assert runs == blocks + blocks[::-1]
+
+
+class TestStochasticDepth:
+    @staticmethod
+    def rates(network: nn.Module) -> list[float]:
+        return [module.rate for module in network.modules() if isinstance(module, StochasticDepth)]
+
+    def test_rate_grows_linearly_over_the_blocks(self, build):
+        rates = self.rates(build(drop_path_rate=0.3))
+        assert len(rates) >= 8
+        assert rates == pytest.approx([0.3 * i / (len(rates) - 1) for i in range(len(rates))])
+        part = self.rates(build(drop_path_rate=0.3, out_indices=(0, 1)))
+        assert 0 < len(part) < len(rates)
+        assert part == rates[: len(part)], 'a block keeps its rate whatever is built behind it'
+
+    def test_off_unless_training(self, build, x):
+        plain, dropping = build(norm_eval=True).eval(), build(norm_eval=True, drop_path_rate=0.9).eval()
+        assert largest_error(dropping(x), plain(x)) == 0
+        assert largest_error(dropping.train()(x), plain.train()(x)) > 1e-3
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ('options', 'error', 'words'),
+        [
+            (dict(arch='m1_2'), ValueError, ["arch='m1_2'", "nearest is 'm1_"]),
+            (dict(arch='repvit_m1_1'), ValueError, ['arch=', "nearest is 'm1_1'"]),
+            (dict(arch=None), TypeError, ['arch=None', 'a name or a dict']),
+            (dict(tap='stage_ends'), ValueError, ["tap='stage_ends'", "nearest is 'stage_end'"]),
+            (dict(tap='predownsample'), ValueError, ['tap=', "nearest is 'pre_downsample'"]),
+            (dict(tap=None), ValueError, ['tap=None', 'stage_end', 'pre_downsample']),
+            (dict(out_indices=(0, 1, 1)), ValueError, ['out_indices=(0, 1, 1)', 'nearest is (0, 1)']),
+            (dict(out_indices=(2, 0)), ValueError, ['out_indices=(2, 0)', 'nearest is (0, 2)']),
+            (dict(out_indices=(1, 2, 3, 4)), ValueError, ['out_indices=(1, 2, 3, 4)', 'nearest is (1, 2, 3)']),
+            (dict(out_indices=(-1,)), ValueError, ['out_indices=(-1,)', 'nearest is (0,)']),
+            (dict(out_indices=()), ValueError, ['out_indices=()', 'nearest is (3,)']),
+            (dict(out_indices=3), ValueError, ['out_indices=3', 'nearest is (3,)']),
+            (dict(out_indices=('0', '1')), ValueError, ["out_indices=('0', '1')"]),
+            (dict(frozen_stages=5), ValueError, ['frozen_stages=5', '4']),
+            (dict(frozen_stages=-2), ValueError, ['frozen_stages=-2', '-1']),
+            (dict(frozen_stages='all'), ValueError, ["frozen_stages='all'", '-1']),
+            (dict(drop_path_rate=1.0), ValueError, ['drop_path_rate=1.0', 'below 1']),
+            (dict(drop_path_rate=-0.1), ValueError, ['drop_path_rate=-0.1', 'from 0']),
+            (dict(drop_path_rate=math.nan), ValueError, ['drop_path_rate=nan', 'from 0']),
+            (dict(out_indicies=(0,)), TypeError, ["'out_indicies'", "nearest is 'out_indices'"]),
+            (dict(frozen_stage=1), TypeError, ["'frozen_stage'", "nearest is 'frozen_stages'"]),
+            (dict(unknown=1), TypeError, ["'unknown'", 'nearest is']),
+            (dict(pretrained='a.pth'), TypeError, ["'pretrained'", 'init_cfg', 'model.pretrained=None']),
+            (dict(arch=dict(widths=(8, 16, 24, 32))), ValueError, ["'widths'", 'channels', 'depths']),
+            (dict(arch=dict(depth=(1, 1, 1, 1))), ValueError, ["'depth'", "nearest is 'depths'"]),
+            (dict(arch=dict(channels=(8, 16, 24, 32))), TypeError, ['arch=', 'depths']),
+            (dict(arch=dict(channels=8, depths=(1, 1, 1, 1))), (TypeError, ValueError), ['channels', '8']),
+            (dict(arch=dict(channels=(8, 16, 24), depths=(1, 1, 1, 1))), ValueError, ['channels=(8, 16, 24)', 'four']),
+            (dict(arch=dict(channels=(7, 16, 24, 32), depths=(1, 1, 1, 1))), ValueError, ['channels=', 'even']),
+        ],
+        ids=lambda value: str(value) if isinstance(value, dict) else '',
+    )
+    @pytest.mark.parametrize('cls', sorted({cls for cls, _ in SMALL.values()}, key=str))
+    def test_bad_argument_names_itself_and_what_is_valid(self, cls, options, error, words):
+        with pytest.raises(error) as raised:
+            cls(**options)
+        message = str(raised.value)
+        assert all(word in message for word in words), message
+        assert '\n' not in message
+
+    def test_options_and_defaults(self):
+        for cls in {cls for cls, _ in SMALL.values()}:
+            defaults = {name: option.default for name, option in inspect.signature(cls).parameters.items()}
+            assert {
+                'out_indices': (0, 1, 2, 3),
+                'tap': 'stage_end',
+                'norm_eval': False,
+                'frozen_stages': -1,
+                'with_cp': False,
+                'deploy': False,
+                'drop_path_rate': 0.0,
+                'init_cfg': None,
+            }.items() <= defaults.items()
+
+    def test_custom_spec_may_come_from_a_config(self, build, x):
+        cls, arch = type(build()), {**build().spec.__dict__}
+        config = ConfigDict(arch={k: list(v) if isinstance(v, tuple) else v for k, v in arch.items()}, out_indices=[0, 3])
+        assert isinstance(config.arch.channels, list)
+        network = randomize(cls(**config)).eval()
+        assert largest_error(network(x), build(out_indices=(0, 3)).eval()(x)) == 0
+
+
+class TestRegistry:
+    def test_type_resolves_from_every_scope(self, build):
+        import mmdet.registry
+        import mmseg.registry
+
+        config = dict(type=type(build()).__name__, arch=build().spec.__dict__, out_indices=(1,))
+        for registry in (MODELS, mmdet.registry.MODELS, mmseg.registry.MODELS):
+            assert type(registry.build(dict(config))) is type(build())
+        for scope in ('mmengine', 'mmdet', 'mmseg'):
+            with DefaultScope.overwrite_default_scope(scope):
+                assert type(MODELS.build(dict(config))) is type(build())
+
+    def test_networks_do_not_share_state(self, build, x):
+        first, second = build().eval(), build().eval()
+        switch_to_deploy(first)
+        assert not second.deployed
+        assert first.out_indices == second.out_indices
+
+
+class TestTorch:
+    """Torch's own features work on the networks as on any other."""
+
+    @pytest.fixture(params=['unfused', 'fused'])
+    def network(self, build, request) -> Iterator[ReparamBackbone]:
+        network = build().eval()
+        return switch_to_deploy(network) if request.param == 'fused' else network
+
+    @torch.no_grad()
+    def test_channels_last(self, network, x):
+        expected = network(x)
+        actual = network.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+        assert largest_error(actual, expected) < 1e-5
+
+    @torch.no_grad()
+    def test_autocast(self, network, x):
+        expected = network(x)
+        with torch.autocast('cpu', torch.bfloat16):
+            actual = network(x)
+        error = largest_error(actual, expected)
+        assert actual[0].dtype is torch.bfloat16 or 0 < error
+        assert error < 0.03
+
+    def test_autocast_training(self, build, x):
+        for norm_eval in (False, True):
+            network = build(norm_eval=norm_eval).train()
+            with torch.autocast('cpu', torch.bfloat16):
+                loss = total([m.float() for m in network(x)])
+            loss.backward()
+            assert all(p.grad.dtype is torch.float32 and p.grad.isfinite().all() for p in network.parameters())
+
+    @pytest.mark.filterwarnings('ignore::DeprecationWarning')
+    @torch.no_grad()
+    def test_trace(self, network, x):
+        traced = torch.jit.trace(network, x)
+        other = torch.randn(1, 3, 96, 64)
+        assert largest_error(traced(other), network(other)) < 1e-6
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a compiler')
+    def test_compile(self, build, x):
+        network = build(norm_eval=True, out_indices=(0, 1)).train()
+        expected = gradients(network, x)
+        network.compile(fullgraph=True)
+        actual = gradients(network, x)
+        assert max(relative_error(actual[name], gradient) for name, gradient in expected.items()) < 1e-4
+
+
+def test_public_names():
+    import repvit_mm
+
+    assert set(repvit_mm.__all__) >= {'RepViT', 'FuseOnDeployHook', 'switch_to_deploy'}
+    assert all(hasattr(repvit_mm, name) for name in repvit_mm.__all__)
+    assert repvit_mm.RepViT is RepViT

@@ -1,0 +1,269 @@
+"""Every config builds and runs, and the recipes are the authors'."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import PARAM_SCHEDULERS, TRANSFORMS, DefaultScope, init_default_scope
+from mmengine.structures import InstanceData, PixelData
+from torch import nn
+
+from repvit_mm.datasets import shapes
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+DETECTION = sorted((CONFIGS / 'det').glob('*.py'))
+SEGMENTATION = sorted((CONFIGS / 'seg').glob('*.py'))
+COCO = [path for path in DETECTION if path.stem.endswith('coco')]
+ADE20K = [path for path in SEGMENTATION if path.stem.endswith('ade20k_40k')]
+RELEASED = ('m1_1', 'm1_5', 'm2_3')
+RELEASE = 'https://github.com/THU-MIG/RepViT/releases/download/v1.0/'
+
+
+def name(path):
+    return path.stem
+
+
+def arch_of(path):
+    return path.stem.partition('repvit_')[2][:4]
+
+
+@pytest.fixture(autouse=True)
+def scope_restored():
+    before = copy.copy(DefaultScope._instance_dict)
+    yield
+    DefaultScope._instance_dict.clear()
+    DefaultScope._instance_dict.update(before)
+
+
+def load(path):
+    cfg = Config.fromfile(path)
+    init_default_scope(cfg.default_scope)
+    return cfg
+
+
+def build(cfg):
+    if cfg.default_scope == 'mmdet':
+        from mmdet.registry import MODELS
+    else:
+        from mmseg.registry import MODELS
+    model = copy.deepcopy(cfg.model)
+    model.backbone.init_cfg = None
+    # As the Runner does without a process group.
+    return revert_sync_batchnorm(MODELS.build(model))
+
+
+def detection_batch(size, classes):
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+
+    height, width = size
+    boxes = torch.tensor([[4.0, 6.0, 40.0, 50.0], [20.0, 10.0, 80.0, 60.0]])
+    masks = np.zeros((2, height, width), np.uint8)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[y1:y2, x1:x2] = 1
+    sample = DetDataSample(
+        metainfo=dict(
+            img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1.0, 1.0), img_id=0
+        )
+    )
+    sample.gt_instances = InstanceData(
+        bboxes=boxes, labels=torch.tensor([0, classes - 1]), masks=BitmapMasks(masks, height, width)
+    )
+    sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+    return sample
+
+
+def segmentation_batch(size, classes):
+    from mmseg.structures import SegDataSample
+
+    sample = SegDataSample(metainfo=dict(img_shape=size, ori_shape=size, pad_shape=size))
+    sample.gt_sem_seg = PixelData(data=torch.randint(classes, (1, *size)))
+    return sample
+
+
+def quick_for_small(paths):
+    """The smallest variant and the demo belong to the quick part of the suite."""
+    return [pytest.param(p, id=p.stem, marks=() if arch_of(p) == 'm0_6' else pytest.mark.slow) for p in paths]
+
+
+@pytest.mark.parametrize('path', quick_for_small(DETECTION + SEGMENTATION))
+def test_config_builds_forwards_learns_and_predicts(path):
+    """Forward gives the declared maps, the loss a gradient everywhere, predict a result of the image's size."""
+    torch.manual_seed(0)
+    cfg = load(path)
+    model = build(cfg)
+    size = (64, 96)
+    inputs = torch.rand(1, 3, *size) * 255
+
+    maps = model.backbone(inputs)
+    assert [m.shape[1] for m in maps] == list(cfg.model.neck.in_channels) == list(model.backbone.out_channels)
+    assert [m.shape[2:] for m in maps] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+
+    if cfg.default_scope == 'mmdet':
+        sample = detection_batch(size, cfg.model.roi_head.bbox_head.num_classes)
+    else:
+        cfg.model.data_preprocessor.size = size
+        model = build(cfg)
+        sample = segmentation_batch(size, cfg.model.decode_head.num_classes)
+    model.train()
+    if model.backbone.norm_eval:
+        assert not any(m.training for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d))
+    batch = model.data_preprocessor(dict(inputs=[inputs[0]], data_samples=[sample]), training=True)
+    if not model.backbone.norm_eval:  # one image gives the deepest maps too few values for live statistics
+        batch = dict(inputs=batch['inputs'].repeat(2, 1, 1, 1), data_samples=[sample, copy.deepcopy(sample)])
+    loss, logged = model.parse_losses(model(**batch, mode='loss'))
+    assert torch.isfinite(loss) and loss > 0, logged
+    loss.backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None]
+    assert not without
+
+    model.eval()
+    test_sample = copy.deepcopy(sample)
+    with torch.no_grad():
+        result = model.test_step(dict(inputs=[inputs[0]], data_samples=[test_sample]))[0]
+    if cfg.default_scope == 'mmdet':
+        assert result.pred_instances.masks.shape[1:] == size
+    else:
+        assert result.pred_sem_seg.data.shape == (1, *size)
+
+
+def test_every_published_variant_has_its_two_configs():
+    archs = ['m0_6', 'm0_9', 'm1_0', 'm1_1', 'm1_5', 'm2_3']
+    assert [p.name for p in COCO] == [f'mask_rcnn_repvit_{arch}_fpn_1x_coco.py' for arch in archs]
+    assert [p.name for p in ADE20K] == [f'fpn_repvit_{arch}_ade20k_40k.py' for arch in archs]
+
+
+@pytest.mark.parametrize('path', COCO + ADE20K, ids=name)
+def test_backbone_is_that_of_the_recipe(path):
+    cfg = load(path)
+    arch = arch_of(path)
+    backbone = cfg.model.backbone
+    assert backbone.arch == arch
+    assert backbone.norm_eval is True
+    assert backbone.get('tap', 'stage_end') == ('pre_downsample' if path in COCO else 'stage_end')
+    # 300-epoch weights, but for m2_3 the 450-epoch ones.
+    epochs = '450e' if arch == 'm2_3' else '300e'
+    assert backbone.init_cfg == dict(type='Pretrained', checkpoint=f'{RELEASE}repvit_{arch}_distill_{epochs}.pth')
+    assert backbone.get('frozen_stages', -1) == -1
+    assert ('applied by us' in path.read_text()) == (arch not in RELEASED)
+
+
+def walk_learning_rate(cfg, iterations, epoch_length):
+    """The learning rate before each iteration, as MMEngine's ParamSchedulerHook drives the built schedulers."""
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=cfg.optim_wrapper.optimizer.lr)
+    schedulers = [PARAM_SCHEDULERS.build(s, default_args=dict(optimizer=optimizer)) for s in cfg.param_scheduler]
+    walked = []
+    for iteration in range(iterations):
+        walked.append(optimizer.param_groups[0]['lr'])
+        optimizer.step()
+        for scheduler in schedulers:
+            if not scheduler.by_epoch or (iteration + 1) % epoch_length == 0:
+                scheduler.step()
+    return np.array(walked)
+
+
+@pytest.mark.parametrize('path', COCO, ids=name)
+def test_coco_recipe(path):
+    cfg = load(path)
+    iterations_per_epoch = 7330  # 117,266 images with annotations, 16 a step
+    iteration = np.arange(12 * iterations_per_epoch)
+    epoch = iteration // iterations_per_epoch
+    # mmcv 1.x: linear warm-up over 500 iterations, from ratio 1e-6; steps at epochs 8 and 11.
+    expected = 2e-4 * 0.1 ** ((epoch >= 8).astype(float) + (epoch >= 11))
+    warm_up = iteration < 500
+    expected[warm_up] = 2e-4 * (1 - (1 - iteration[warm_up] / 500) * (1 - 1e-6))
+    walked = walk_learning_rate(cfg, len(iteration), iterations_per_epoch)
+    np.testing.assert_allclose(walked, expected, rtol=1e-9)
+    # The authors' logs after 50 and 100 iterations.
+    assert [f'{walked[i - 1]:.0e}' for i in (50, 100)] == ['2e-05', '4e-05']
+
+    assert cfg.train_cfg.type == 'EpochBasedTrainLoop' and cfg.train_cfg.max_epochs == 12
+    assert cfg.train_dataloader.batch_size == 2
+    assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=16)
+    resize = dict(type='Resize', scale=(1333, 800), keep_ratio=True)
+    train, test = cfg.train_dataloader.dataset.pipeline, cfg.test_dataloader.dataset.pipeline
+    assert train[2:4] == [resize, dict(type='RandomFlip', prob=0.5)] and test[1] == resize
+    assert cfg.model.data_preprocessor.pad_size_divisor == 32
+    assert cfg.optim_wrapper.type == 'OptimWrapper'
+    assert cfg.test_evaluator.metric == ['bbox', 'segm']
+
+
+@pytest.mark.parametrize('path', ADE20K, ids=name)
+def test_ade20k_recipe(path):
+    cfg = load(path)
+    iteration = np.arange(40000)
+    expected = (2e-4 - 1e-6) * (1 - iteration / 40000) ** 0.9 + 1e-6  # mmcv 1.x's poly decay, no warm-up
+    np.testing.assert_allclose(walk_learning_rate(cfg, 40000, 40000), expected, rtol=1e-9)
+
+    assert cfg.train_cfg == dict(type='IterBasedTrainLoop', max_iters=40000, val_interval=4000, _scope_='mmseg')
+    assert cfg.train_dataloader.batch_size == 4
+    assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=32)
+    by_type = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
+    resize = by_type['RandomResize']
+    assert (resize.scale, resize.ratio_range, resize.keep_ratio) == ((2048, 512), (0.5, 2.0), True)
+    assert by_type['RandomCrop'].crop_size == (512, 512) == tuple(cfg.model.data_preprocessor.size)
+    assert by_type['RandomFlip'].prob == 0.5 and 'PhotoMetricDistortion' in by_type
+    head = cfg.model.decode_head
+    assert (head.type, head.channels, head.num_classes, head.norm_cfg.type) == ('FPNHead', 128, 150, 'SyncBN')
+    assert (cfg.model.neck.out_channels, cfg.model.neck.num_outs) == (256, 4)
+    assert cfg.optim_wrapper.clip_grad is None
+    assert cfg.test_evaluator.iou_metrics == ['mIoU']
+
+
+@pytest.mark.parametrize(
+    ('path', 'decay'), [(COCO[0], 0.05), (ADE20K[0], 1e-4)], ids=['coco', 'ade20k']
+)
+def test_every_parameter_learns_and_decays(path, decay):
+    cfg = load(path)
+    model = build(cfg).train()
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+    assert isinstance(optimizer, torch.optim.AdamW)
+    decayed = {id(p) for group in optimizer.param_groups if group['weight_decay'] == decay for p in group['params']}
+    assert {group['lr'] for group in optimizer.param_groups} == {2e-4}
+    assert all(p.requires_grad and id(p) in decayed for p in model.parameters())
+
+
+def test_ade20k_test_images_go_up_to_multiples_of_32_and_the_ground_truth_keeps_its_size(tmp_path):
+    """683 x 512 becomes 704 x 512 for the network; the labels stay as they were drawn."""
+    from PIL import Image
+
+    height, width = 300, 401
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(tmp_path / 'image.jpg')
+    labels = rng.integers(0, 151, (height, width), np.uint8)
+    Image.fromarray(labels).save(tmp_path / 'labels.png')
+    results = dict(
+        img_path=str(tmp_path / 'image.jpg'),
+        seg_map_path=str(tmp_path / 'labels.png'),
+        label_map=None,
+        reduce_zero_label=True,
+        seg_fields=[],
+    )
+    for split in ('val', 'test'):
+        packed = dict(results, seg_fields=[])
+        for step in load(ADE20K[0])[f'{split}_dataloader'].dataset.pipeline:
+            packed = TRANSFORMS.build(step)(packed)
+        assert packed['inputs'].shape == (3, 512, 704)  # 512 x 684.4 keeps the ratio
+        truth = packed['data_samples'].gt_sem_seg.data[0].numpy()
+        assert truth.shape == (height, width) == packed['data_samples'].ori_shape
+        np.testing.assert_array_equal(truth, np.where(labels == 0, 255, labels.astype(int) - 1))
+
+
+def test_shapes_configs_name_the_classes_of_the_data_set():
+    detection = load(CONFIGS / 'det/mask_rcnn_repvit_m0_6_fpn_shapes.py')
+    segmentation = load(CONFIGS / 'seg/fpn_repvit_m0_6_shapes.py')
+    for cfg, classes, palette in (
+        (detection, shapes.CLASSES, shapes.PALETTE),
+        (segmentation, shapes.SEG_CLASSES, shapes.SEG_PALETTE),
+    ):
+        for split in ('train', 'val', 'test'):
+            metainfo = cfg[f'{split}_dataloader'].dataset.metainfo
+            assert tuple(metainfo.classes) == classes
+            assert [tuple(color) for color in metainfo.palette] == palette
+    assert detection.model.roi_head.mask_head.num_classes == len(shapes.CLASSES)
+    assert segmentation.model.decode_head.num_classes == len(shapes.SEG_CLASSES)

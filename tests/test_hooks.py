@@ -1,0 +1,276 @@
+"""The hook in MMEngine's own Runner: a backbone with a head that learns to tell dark images from bright ones."""
+
+import copy
+import logging
+import re
+import uuid
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import SMALL, randomize
+from mmengine.evaluator import BaseMetric
+from mmengine.hooks import EMAHook, Hook
+from mmengine.model import BaseModel, MMDistributedDataParallel
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+import repvit_mm.hooks
+from repvit_mm import FuseOnDeployHook
+from repvit_mm.backbone import ReparamBackbone
+from repvit_mm.checkpoint import read_checkpoint
+from repvit_mm.reparam import reparam_blocks
+
+FUSE = dict(type='FuseOnDeployHook')
+
+
+class Net(BaseModel):
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Sequential(nn.LazyBatchNorm2d(), nn.LazyConv2d(1, 1))
+        self.head(backbone(torch.zeros(2, 3, 64, 64))[-1])
+
+    def forward(self, inputs: Tensor, label: Tensor, mode: str) -> dict[str, Tensor] | list[Tensor]:
+        outputs = self.head(self.backbone(inputs)[-1]).mean((1, 2, 3))
+        return {'loss': (outputs - label).square().mean()} if mode == 'loss' else list(outputs)
+
+
+class Outputs(BaseMetric):
+    """The network's output for each image."""
+
+    def process(self, data_batch: dict, data_samples: Sequence[Tensor]) -> None:
+        self.results += [sample.item() for sample in data_samples]
+
+    def compute_metrics(self, results: list[float]) -> dict[str, float]:
+        return {f'image{i}': output for i, output in enumerate(results)}
+
+
+class Watch(Hook):
+    """Counts the blocks left to fuse while the runner validates and tests."""
+
+    priority = 'LOWEST'
+
+    def __init__(self) -> None:
+        self.blocks: dict[str, list[int]] = {'val': [], 'test': []}
+
+    def after_val_iter(self, runner: Runner, *args, **kwargs) -> None:
+        self.blocks['val'].append(len(reparam_blocks(runner.model)))
+
+    def after_test_iter(self, runner: Runner, *args, **kwargs) -> None:
+        self.blocks['test'].append(len(reparam_blocks(runner.model)))
+
+
+@pytest.fixture(params=SMALL)
+def net(request: pytest.FixtureRequest) -> Net:
+    cls, arch = SMALL[request.param]
+    return randomize(Net(cls(arch)))
+
+
+@pytest.fixture
+def make_runner(tmp_path) -> Callable[..., Runner]:
+    """Makes a runner that can train, validate and test on four small images."""
+
+    def make_runner(model: nn.Module, *hooks: dict | Hook, **options) -> Runner:
+        generator = torch.Generator().manual_seed(0)
+        data = [
+            dict(inputs=torch.randn(3, 32, 64, generator=generator) + label, label=torch.tensor(float(label)))
+            for label in (0, 1, 0, 1)
+        ]
+        loader = dict(
+            batch_size=2,
+            num_workers=0,
+            dataset=data,
+            sampler=dict(type='DefaultSampler', shuffle=False),
+            collate_fn=dict(type='default_collate'),
+        )
+        return Runner(
+            model,
+            work_dir=str(tmp_path),
+            experiment_name=uuid.uuid4().hex,
+            train_dataloader=copy.deepcopy(loader),
+            train_cfg=dict(by_epoch=True, max_epochs=2, val_interval=1),
+            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.05)),
+            val_dataloader=copy.deepcopy(loader),
+            val_cfg={},
+            val_evaluator=[Outputs()],
+            test_dataloader=copy.deepcopy(loader),
+            test_cfg={},
+            test_evaluator=[Outputs()],
+            custom_hooks=list(hooks),
+            default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)),
+            **options,
+        )
+
+    return make_runner
+
+
+@pytest.fixture
+def lines(monkeypatch) -> list[str]:
+    """What the hook logs."""
+    lines = []
+
+    def print_log(message: str, logger: str, level: int) -> None:
+        assert logger == 'current' and level == logging.INFO
+        lines.append(message)
+
+    monkeypatch.setattr(repvit_mm.hooks, 'print_log', print_log)
+    return lines
+
+
+def test_fuses_before_a_test_run(net, make_runner, lines):
+    blocks = len(reparam_blocks(net))
+    expected = make_runner(copy.deepcopy(net)).test()
+    watch = Watch()
+    runner = make_runner(net, FUSE, watch)
+    assert runner.test() == pytest.approx(expected, rel=1e-4)
+    assert len(set(expected.values())) == 4, 'the outputs tell the images apart'
+    assert watch.blocks['test'] == [0, 0]
+    assert isinstance(net.head[0], nn.BatchNorm2d), 'the head is not fused'
+    found = re.fullmatch(rf'.*: fused {blocks} blocks; .* difference is (\S+), (\S+) of the largest output', *lines)
+    assert 0 < float(found[2]) < 1e-4
+    assert 0 < float(found[1])
+
+
+def test_logged_difference_is_that_of_the_maps(net, make_runner, lines, monkeypatch):
+    """A fused backbone whose maps are all off by a constant is caught out by just that constant."""
+
+    def fuse_and_spoil(model: nn.Module) -> nn.Module:
+        fuse(model)
+        model.backbone.register_forward_hook(lambda module, args, maps: tuple(m + 1000 for m in maps))
+        return model
+
+    fuse = repvit_mm.hooks.switch_to_deploy
+    monkeypatch.setattr(repvit_mm.hooks, 'switch_to_deploy', fuse_and_spoil)
+    with pytest.raises(RuntimeError, match='BatchNorm statistics'):
+        make_runner(net, FUSE).test()
+    assert 'largest output difference is 1.00e+03,' in lines[0]
+
+
+def test_fused_model_is_left_alone(net, make_runner, lines):
+    make_runner(net, FUSE).test()
+    modules = list(net.modules())
+    lines.clear()
+    make_runner(net, FUSE).test()
+    assert list(net.modules()) == modules
+    assert lines == ['FuseOnDeployHook: the model is fused already']
+
+
+def test_stand_alone_validation_is_not_fused(net, make_runner, lines):
+    blocks = len(reparam_blocks(net))
+    make_runner(net, FUSE).val()
+    assert len(reparam_blocks(net)) == blocks
+    assert not lines
+
+
+def test_run_that_trains_is_never_fused(net, make_runner, lines):
+    blocks, before = len(reparam_blocks(net)), copy.deepcopy(net.state_dict())
+    watch = Watch()
+    runner = make_runner(net, FUSE, watch)
+    runner.train()
+    assert watch.blocks['val'] == [blocks] * 4, 'two epochs of two batches'
+    assert not any(torch.equal(before[name], parameter) for name, parameter in net.named_parameters())
+    runner.test()
+    assert watch.blocks['test'] == [blocks] * 2
+    assert lines == ['FuseOnDeployHook: this run trains, the model is not fused']
+    net.train()
+
+
+@pytest.mark.parametrize('position', [0, -1], ids=['stem', 'last_stage'])
+@pytest.mark.parametrize('value', [float('nan'), -1.0])
+def test_broken_statistics_end_the_run(net, make_runner, position, value):
+    norms = [module for module in net.backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms[position].running_var.fill_(value)
+    with pytest.raises(RuntimeError, match='check the checkpoint for broken BatchNorm statistics'):
+        make_runner(net, FUSE).test()
+
+
+def test_difference_beyond_the_tolerance_ends_the_run(net, make_runner):
+    with pytest.raises(RuntimeError, match=r'more than tolerance=0\.00e\+00'):
+        make_runner(net, FuseOnDeployHook(tolerance=0.0)).test()
+
+
+def test_model_without_our_backbone_ends_the_run(net, make_runner):
+    class Foreign(nn.Module):
+        def forward(self, x):
+            return (x,)
+
+    with pytest.raises(RuntimeError, match='no backbone of repvit_mm'):
+        make_runner(Net(Foreign()), FUSE).test()
+
+
+def test_hook_resolves_from_every_scope():
+    import mmdet.registry
+    import mmseg.registry
+
+    for registry in (HOOKS, mmdet.registry.HOOKS, mmseg.registry.HOOKS):
+        assert isinstance(registry.build({**FUSE, 'tolerance': 0.1}), FuseOnDeployHook)
+
+
+class TestAveraged:
+    """EMAHook tests with an averaged copy of the weights that it exchanges with the model's, one by one in order."""
+
+    @pytest.mark.parametrize('update_buffers', [False, True])
+    def test_trained_average(self, net, make_runner, tmp_path, update_buffers):
+        ema = dict(type='EMAHook', momentum=0.2, update_buffers=update_buffers)
+        start = copy.deepcopy(net)
+        make_runner(net, ema, FUSE).train()
+        file = str(tmp_path / 'epoch_2.pth')
+        averaged, last = read_checkpoint(file)['state_dict'], net.state_dict()
+        assert all(not torch.equal(averaged[name], last[name]) for name, _ in net.named_parameters())
+
+        start.load_state_dict(averaged)
+        expected = make_runner(copy.deepcopy(start)).test()
+        assert make_runner(net).test() != pytest.approx(expected, rel=1e-2), 'the average is not the last network'
+        unfused = make_runner(copy.deepcopy(start), ema, load_from=file).test()
+        fused = make_runner(copy.deepcopy(start), ema, FUSE, load_from=file).test()
+        assert unfused == pytest.approx(expected, rel=1e-4)
+        assert fused == pytest.approx(expected, rel=1e-4)
+
+    class Average(Hook):
+        """Gives the averaged copy weights of its own, before anything is fused."""
+
+        priority = 'HIGHEST'
+
+        def __init__(self, net: Net) -> None:
+            self.net = net
+
+        def before_test(self, runner: Runner) -> None:
+            ema = next(hook for hook in runner.hooks if isinstance(hook, EMAHook))
+            ema.ema_model.module.load_state_dict(self.net.state_dict())
+
+    @pytest.fixture
+    def other(self, net: Net) -> Net:
+        other = copy.deepcopy(net)
+        for parameter in other.parameters():
+            parameter.data.mul_(torch.empty_like(parameter).uniform_(0.8, 1.2))
+        return other
+
+    def test_average_is_exchanged_tensor_by_tensor(self, net, other, make_runner):
+        expected, before = (make_runner(copy.deepcopy(network)).test() for network in (other, net))
+        assert expected != pytest.approx(before, rel=1e-2)
+        runner = make_runner(net, dict(type='EMAHook'), FUSE, self.Average(other))
+        assert runner.test() == pytest.approx(expected, rel=1e-4)
+        assert not reparam_blocks(net)
+        assert make_runner(net).test() == pytest.approx(before, rel=1e-4), 'and exchanged back'
+
+    def test_average_that_is_not_fused_is_noticed(self, net, other, make_runner, monkeypatch):
+        """Twin: fusing the model alone mixes tensors up."""
+        monkeypatch.setattr(repvit_mm.hooks, 'EMAHook', type('NoHook', (), {}))
+        with pytest.raises(RuntimeError, match='size of tensor'):
+            make_runner(net, dict(type='EMAHook'), FUSE, self.Average(other)).test()
+
+
+def test_distributed_wrapper(net, make_runner, tmp_path):
+    expected = make_runner(copy.deepcopy(net)).test()
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        watch = Watch()
+        metrics = make_runner(MMDistributedDataParallel(net), dict(type='EMAHook'), FUSE, watch).test()
+    finally:
+        dist.destroy_process_group()
+    assert metrics == pytest.approx(expected, rel=1e-4)
+    assert watch.blocks['test'] == [0, 0]
+    assert not reparam_blocks(net)

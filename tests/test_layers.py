@@ -1,0 +1,62 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import randomize, relative_error
+from torch import nn
+
+from repvit_mm.layers import ConvBN, SqueezeExcite, StochasticDepth
+from repvit_mm.reparam import plain_formulation
+
+
+@pytest.mark.parametrize('kernel_size', [1, 3, 5, 7])
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('groups', [1, 2, 4])
+def test_conv_bn_is_convolution_and_norm(kernel_size, stride, groups):
+    block = randomize(ConvBN(4, 8, kernel_size, stride, groups).double()).eval()
+    assert [name for name, _ in block.named_parameters()] == ['conv.weight', 'bn.weight', 'bn.bias']
+    x = torch.randn(2, 4, 9, 12).double()
+    bn = block.bn
+    expected = F.conv2d(x, block.conv.weight, stride=stride, padding=kernel_size // 2, groups=groups)
+    assert expected.shape[2:] == (-(-9 // stride), -(-12 // stride)), 'the padding is "same"'
+    expected = F.batch_norm(expected, bn.running_mean, bn.running_var, bn.weight, bn.bias)
+    with plain_formulation(block):
+        assert relative_error(block(x), expected) < 1e-12
+
+
+def test_conv_bn_starts_with_the_given_norm_weight():
+    assert (ConvBN(4, 4).bn.weight == 1).all()
+    residual = ConvBN(4, 4, norm_weight=0.0)
+    assert (residual(torch.randn(2, 4, 5, 5)) == 0).all()
+
+
+def test_squeeze_excite_gates_channels_by_the_mean_of_all():
+    layer = randomize(SqueezeExcite(6, 8).double())
+    x = torch.randn(2, 6, 5, 7).double()
+    first, second = (conv.weight.flatten(1) for conv in (layer.fc1, layer.fc2))
+    hidden = (x.flatten(2).sum(-1) / 35 @ first.T + layer.fc1.bias).clamp(min=0)
+    gate = 1 / (1 + torch.exp(-(hidden @ second.T + layer.fc2.bias)))
+    assert hidden.shape == (2, 8)
+    assert relative_error(layer(x), x * gate[..., None, None]) < 1e-12
+
+
+@pytest.mark.parametrize(('rate', 'training'), [(0.0, True), (0.0, False), (0.7, False)])
+def test_stochastic_depth_leaves_the_map_alone(rate, training):
+    x = torch.randn(4, 3, 2, 2)
+    assert torch.equal(StochasticDepth(rate).train(training)(x), x)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_stochastic_depth_drops_whole_images_and_keeps_the_mean(dtype):
+    images = 4096
+    y = StochasticDepth(0.25)(torch.ones(images, 3, 2, 2, dtype=dtype))
+    assert y.dtype is dtype
+    values = y.flatten(1)
+    assert (values == values[:, :1]).all(), 'an image is dropped as a whole'
+    dropped = values[:, 0] == 0
+    assert torch.equal(values[~dropped], torch.ones(1, dtype=dtype).div(0.75).expand_as(values[~dropped]))
+    # Five standard deviations of a binomial count.
+    assert abs(dropped.sum().item() - 0.25 * images) < 5 * (images * 0.25 * 0.75) ** 0.5
+
+
+def test_stochastic_depth_shows_its_rate():
+    assert 'rate=0.25' in str(nn.Sequential(StochasticDepth(0.25)))

@@ -1,0 +1,330 @@
+"""Fusion, block by block and in module trees. In float64, where what is equal differs by 1e-15 or so, not 1e-9."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import BLOCKS, STATISTICS, randomize, relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from repvit_mm import switch_to_deploy
+from repvit_mm.layers import ConvBN
+from repvit_mm.reparam import (
+    Kernel,
+    ReparamBlock,
+    add_kernels,
+    fold_norm,
+    identity_kernel,
+    pad_kernel,
+    plain_formulation,
+    reparam_blocks,
+)
+
+TOLERANCE = 1e-9
+ODD = (1, 3, 5, 7)
+
+small = st.integers(1, 3)
+odd_size = st.tuples(st.sampled_from(ODD), st.sampled_from(ODD))
+
+
+def random_kernel(out_channels: int, in_channels_per_group: int, size: tuple[int, int]) -> Kernel:
+    return Kernel(
+        torch.randn(out_channels, in_channels_per_group, *size).double(), torch.randn(out_channels).double()
+    )
+
+
+def convolve(x: Tensor, kernel: Kernel, groups: int, stride: int = 1) -> Tensor:
+    """The convolution of "same" padding."""
+    height, width = kernel.weight.shape[2:]
+    return F.conv2d(x, *kernel, stride=stride, padding=(height // 2, width // 2), groups=groups)
+
+
+@given(groups=small, ins=small, outs=small, stride=st.integers(1, 2), small_size=odd_size, border=st.tuples(small, small))
+def test_padded_kernel_is_the_same_convolution(groups, ins, outs, stride, small_size, border):
+    kernel = random_kernel(groups * outs, ins, small_size)
+    size = tuple(old + 2 * more for old, more in zip(small_size, border, strict=True))
+    padded = pad_kernel(kernel, size)
+    assert padded.weight.shape[2:] == size
+    x = torch.randn(2, groups * ins, 9, 8).double()
+    assert relative_error(convolve(x, padded, groups, stride), convolve(x, kernel, groups, stride)) < TOLERANCE
+
+
+@pytest.mark.parametrize(('old', 'new'), [((3, 3), (1, 1)), ((1, 1), (2, 2)), ((3, 3), (3, 4)), ((3, 5), (5, 3))])
+def test_kernel_that_does_not_fit_in_the_middle_is_refused(old, new):
+    with pytest.raises(ValueError, match=f'{old[0]}x{old[1]} kernel in a {new[0]}x{new[1]}'):
+        pad_kernel(random_kernel(2, 2, old), new)
+
+
+@given(groups=small, ins=small, outs=small, sizes=st.lists(odd_size, min_size=1, max_size=4))
+def test_sum_of_kernels_is_the_sum_of_convolutions(groups, ins, outs, sizes):
+    kernels = [random_kernel(groups * outs, ins, size) for size in [(max(ODD), max(ODD)), *sizes]]
+    x = torch.randn(2, groups * ins, 9, 8).double()
+    expected = sum(convolve(x, kernel, groups) for kernel in kernels)
+    assert relative_error(convolve(x, add_kernels(*kernels), groups), expected) < TOLERANCE
+
+
+@given(groups=small, per_group=small, size=odd_size)
+def test_identity_kernel_changes_nothing(groups, per_group, size):
+    x = torch.randn(2, groups * per_group, 9, 8).double()
+    kernel = identity_kernel(random_kernel(groups * per_group, per_group, size))
+    assert torch.equal(convolve(x, kernel, groups), x)
+
+
+def test_identity_kernel_takes_no_step_for_each_channel():
+    """It is made anew in every pass of a frozen block: steps that grow with the width would outweigh what it saves."""
+
+    class CountingMode(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    def steps(channels: int) -> int:
+        kernel = random_kernel(channels, 1, (3, 3))
+        with CountingMode() as mode:
+            identity_kernel(kernel)
+        return mode.count
+
+    assert steps(64) == steps(4)
+
+
+@given(groups=small, ins=small, outs=small, size=odd_size, affine=st.booleans(), eps=st.sampled_from([1e-5, 1e-2]))
+def test_folded_norm_is_convolution_and_norm(groups, ins, outs, size, affine, eps):
+    kernel = random_kernel(groups * outs, ins, size)
+    norm = randomize(nn.BatchNorm2d(groups * outs, eps, affine=affine).double()).eval()
+    x = torch.randn(2, groups * ins, 9, 8).double()
+    expected = norm(convolve(x, kernel, groups))
+    assert relative_error(convolve(x, fold_norm(kernel, norm), groups), expected) < TOLERANCE
+
+
+@pytest.fixture(params=BLOCKS)
+def block(request: pytest.FixtureRequest) -> ReparamBlock:
+    """One block of each kind, float64, its statistics frozen."""
+    return randomize(BLOCKS[request.param]().double()).eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 6, 9, 7).double()
+
+
+def fusion_error(block: ReparamBlock, x: Tensor, folded: ReparamBlock | None = None) -> float:
+    """How far one-convolution running and the deployed convolution, of ``folded``, are from the branches of ``block``."""
+    folded = block if folded is None else folded
+    with plain_formulation(block):
+        expected = block(x)
+    return max(relative_error(folded(x), expected), relative_error(folded.to_conv()(x), expected))
+
+
+def test_block_equals_one_convolution(block, x):
+    assert fusion_error(block, x) < TOLERANCE
+
+
+def test_every_tensor_of_a_block_counts_in_its_kernel(block, x):
+    """Twin: the check above fails with any one of them broken."""
+    names = [name for name in block.state_dict() if not name.endswith('num_batches_tracked')]
+    assert len(names) >= 5
+    for name in names:
+        broken = copy.deepcopy(block)
+        broken.state_dict()[name].mul_(0.9)
+        assert fusion_error(block, x, broken) > 1e3 * TOLERANCE, name
+
+
+def gradients(block: ReparamBlock, x: Tensor) -> dict[str, Tensor]:
+    """Gradients of every parameter and of the input; zero where there is none."""
+    x = x.clone().requires_grad_()
+    block.zero_grad()
+    y = block(x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).double())
+    leaves = {**dict(block.named_parameters()), 'input': x}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in leaves.items()}
+
+
+def gradient_errors(block: ReparamBlock, x: Tensor) -> dict[str, float]:
+    with plain_formulation(block):
+        expected = gradients(block, x)
+    assert all(gradient.norm() > 0 for gradient in expected.values())
+    return {name: relative_error(gradient, expected[name]) for name, gradient in gradients(block, x).items()}
+
+
+def test_gradients_of_one_convolution_are_those_of_the_branches(block, x):
+    errors = gradient_errors(block, x)
+    assert set(errors) == {*dict(block.named_parameters()), 'input'}
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+@pytest.mark.parametrize('part', Kernel._fields)
+def test_gradient_check_notices_a_detached_kernel(block, x, part, monkeypatch):
+    def detached(self, kernel_of=type(block).equivalent_kernel) -> Kernel:
+        kernel = kernel_of(self)
+        return kernel._replace(**{part: getattr(kernel, part).detach()})
+
+    monkeypatch.setattr(type(block), 'equivalent_kernel', detached)
+    assert max(gradient_errors(block, x).values()) > 0.01
+
+
+def test_frozen_block_runs_no_branch_and_live_block_runs_them(block, x, monkeypatch):
+    runs = []
+    monkeypatch.setattr(block, 'branches', lambda x, branches=block.branches: (runs.append(1), branches(x))[1])
+    block(x)
+    assert not runs
+    last_norm = [module for module in block.modules() if isinstance(module, _BatchNorm)][-1]
+    last_norm.train()  # One live norm is enough.
+    before = last_norm.running_mean.clone()
+    block(x)
+    assert runs
+    assert not torch.equal(last_norm.running_mean, before)
+
+
+def test_plain_formulation_runs_every_branch_and_ends(block, x, monkeypatch):
+    """The second formulation takes nothing from the first one, not even in a block within the block."""
+    kernels = []
+    for cls in {type(module) for module in block.modules() if isinstance(module, ReparamBlock)}:
+
+        def counted(self, kernel_of=cls.equivalent_kernel) -> Kernel:
+            kernels.append(self)
+            return kernel_of(self)
+
+        monkeypatch.setattr(cls, 'equivalent_kernel', counted)
+    with plain_formulation(block):
+        block(x)
+    assert not kernels
+    with pytest.raises(KeyError), plain_formulation(block):
+        raise KeyError
+    block(x)
+    assert kernels
+
+
+class OtherNorm(nn.BatchNorm2d):
+    """Any subclass of BatchNorm counts as one."""
+
+
+class ProcessGroup:
+    """Like that of a SyncBN: not to be copied."""
+
+    def __deepcopy__(self, memo):
+        raise TypeError('cannot pickle a process group')
+
+
+def replace_norms(module: nn.Module, make: Callable[[int], nn.Module]) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, _BatchNorm):
+            setattr(module, name, make(child.num_features))
+        else:
+            replace_norms(child, make)
+
+
+@pytest.mark.parametrize(
+    'make_norm',
+    [
+        OtherNorm,
+        nn.SyncBatchNorm,
+        lambda channels: nn.SyncBatchNorm(channels, process_group=ProcessGroup()),
+        lambda channels: nn.BatchNorm2d(channels, affine=False),
+        lambda channels: nn.BatchNorm2d(channels, eps=0.1),
+    ],
+    ids=['subclass', 'sync', 'sync_in_group', 'no_affine', 'eps'],
+)
+def test_block_with_other_norms_equals_one_convolution(block, x, make_norm):
+    replace_norms(block, make_norm)
+    randomize(block.double()).eval()
+    assert fusion_error(block, x) < TOLERANCE
+
+
+def test_block_converted_to_sync_batch_norm_equals_one_convolution(block, x):
+    expected = fusion_error(block, x, nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(block)))
+    assert expected < TOLERANCE
+
+
+def test_norm_without_statistics_runs_by_branches_and_is_not_deployed(block, x):
+    replace_norms(block, lambda channels: nn.BatchNorm2d(channels, track_running_stats=False))
+    block.double().eval()
+    with plain_formulation(block):
+        expected = block(x)
+    assert torch.equal(block(x), expected)
+    tree = nn.Sequential(ConvBN(6, 6).double(), block)
+    before = list(tree.modules())
+    with pytest.raises(ValueError, match='track_running_stats=True'):
+        switch_to_deploy(tree)
+    assert list(tree.modules()) == before
+
+
+def make_tree() -> nn.ModuleDict:
+    """Blocks in every kind of container, one of them in several places, beside modules that are none of ours."""
+    shared = BLOCKS['token_mixer']()
+    tree = nn.ModuleDict(
+        OrderedDict(
+            first=nn.Sequential(BLOCKS['token_mixer_v1'](), nn.GELU(), shared, shared),
+            second=nn.ModuleList([shared, nn.Sequential(nn.ModuleDict({'deep': ConvBN(6, 6, 3)}))]),
+            head=nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)),
+        )
+    )
+    return randomize(tree.double()).eval()
+
+
+def run_tree(tree: nn.ModuleDict, x: Tensor) -> Tensor:
+    x = tree['first'](x)
+    x = tree['second'][1][0]['deep'](tree['second'][0](x))
+    return tree['head'](x)
+
+
+def test_switch_to_deploy_fuses_a_tree_in_place(x):
+    tree = make_tree()
+    expected, head = run_tree(tree, x), list(tree['head'].modules())
+    assert len(set(reparam_blocks(tree))) == 3
+    assert switch_to_deploy(tree) is tree
+    assert not any(isinstance(module, ReparamBlock) for module in tree.modules())
+    assert relative_error(run_tree(tree, x), expected) < TOLERANCE
+    assert list(tree['head'].modules()) == head, "another module's BatchNorm is left alone"
+    assert [module for module in tree.modules() if isinstance(module, _BatchNorm)] == [tree['head'][1]]
+    assert type(tree['second'][0]) is nn.Conv2d
+    assert tree['second'][0] is tree['first'][2] is tree['first'][3], 'a shared block is one shared convolution'
+
+
+def test_switch_to_deploy_of_a_block_returns_the_convolution(block, x):
+    conv = switch_to_deploy(block)
+    assert type(conv) is nn.Conv2d
+    assert relative_error(conv(x), block(x)) < TOLERANCE
+
+
+def test_switch_to_deploy_leaves_a_fused_tree_alone():
+    tree = switch_to_deploy(make_tree())
+    before, tensors = list(tree.modules()), copy.deepcopy(tree.state_dict())
+    assert switch_to_deploy(tree) is tree
+    assert list(tree.modules()) == before
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in tree.state_dict().items())
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('requires_grad', [True, False], ids=['learning', 'frozen'])
+def test_deployed_convolution_keeps_what_the_block_was(block, dtype, training, requires_grad):
+    block.to(dtype).train(training).requires_grad_(requires_grad)
+    exact = copy.deepcopy(block).double().equivalent_kernel()
+    conv = switch_to_deploy(nn.Sequential(block))[0]
+    assert conv.training is training
+    for actual, expected in zip((conv.weight, conv.bias), exact, strict=True):
+        assert isinstance(actual, nn.Parameter) and actual.is_leaf
+        assert actual.requires_grad is requires_grad
+        assert actual.dtype is dtype
+        assert torch.equal(actual, expected.to(dtype)), 'folded in float64, then rounded once'
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a second device')
+def test_deployed_convolution_stays_on_its_device(block, x):
+    block, x = block.cuda(), x.cuda()
+    assert fusion_error(block, x) < TOLERANCE
+    assert block.to_conv().weight.device == x.device
+
+
+def test_deployed_block_has_no_statistics(block):
+    assert any(name.endswith(STATISTICS) for name in block.state_dict())
+    assert list(switch_to_deploy(block).state_dict()) == ['weight', 'bias']

@@ -1,0 +1,287 @@
+"""The launchers as a user runs them: right use, and each wrong use with its one line and its exit status."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from repvit_mm.datasets.shapes import write_shapes
+
+ROOT = Path(__file__).parents[1]
+TOOLS = ROOT / 'tools'
+DETECTION = ROOT / 'configs/det/mask_rcnn_repvit_m0_6_fpn_shapes.py'
+SEGMENTATION = ROOT / 'configs/seg/fpn_repvit_m0_6_shapes.py'
+COCO = ROOT / 'configs/det/mask_rcnn_repvit_m1_1_fpn_1x_coco.py'
+ADE20K = ROOT / 'configs/seg/fpn_repvit_m1_1_ade20k_40k.py'
+
+SHORT = {
+    DETECTION: ['train_cfg.max_epochs=1', 'train_cfg.val_interval=1', 'default_hooks.logger.interval=1'],
+    SEGMENTATION: [
+        'train_cfg.max_iters=3',
+        'train_cfg.val_interval=3',
+        'default_hooks.checkpoint.interval=3',
+        'default_hooks.logger.interval=1',
+    ],
+}
+"""A few iterations of each demo config."""
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A working folder with a tiny shapes data set where the configs look for it."""
+    path = tmp_path_factory.mktemp('tools')
+    write_shapes(path / 'data/shapes', train=8, val=4, size=96, seed=0)
+    return path
+
+
+def run(folder, command, *arguments, **environment):
+    return subprocess.run(
+        [str(part) for part in (*command, *arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '2', **environment},
+    )
+
+
+def launch(folder, tool, *arguments, **environment):
+    return run(folder, [sys.executable, TOOLS / tool], *arguments, **environment)
+
+
+def succeed(folder, tool, *arguments, **environment):
+    done = launch(folder, tool, *arguments, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def scalars(work_dir):
+    """The metrics that the newest test run wrote."""
+    newest = max(Path(work_dir).glob('*/*.json'), key=lambda path: path.stat().st_mtime)
+    return json.loads(newest.read_text())
+
+
+@pytest.fixture(scope='module')
+def trained(folder):
+    """Checkpoints of one short training run of each task."""
+    checkpoints = {}
+    for config, options in SHORT.items():
+        succeed(folder, 'train.py', config, '--seed', '1', '--work-dir', config.stem, '--cfg-options', *options)
+        checkpoints[config] = Path((folder / config.stem / 'last_checkpoint').read_text())
+        assert checkpoints[config].is_file()
+    return checkpoints
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('config', SHORT, ids=lambda path: path.stem)
+def test_test_gives_the_same_metrics_fused(folder, trained, config):
+    detection = config is DETECTION
+    metrics = ['bbox', 'segm'] if detection else ['mIoU', 'mDice']
+    out = 'predictions.pkl' if detection else 'predictions'
+    arguments = [config, trained[config], '--eval', *metrics, '--out', out, '--show-dir', 'shown']
+    succeed(folder, 'test.py', *arguments, '--work-dir', f'{config.stem}_unfused')
+    log = succeed(folder, 'test.py', *arguments, '--work-dir', f'{config.stem}_fused', '--fuse')
+    assert 'FuseOnDeployHook: fused 56 blocks' in log
+
+    before, after = scalars(folder / f'{config.stem}_unfused'), scalars(folder / f'{config.stem}_fused')
+    names = ['coco/bbox_mAP', 'coco/segm_mAP'] if detection else ['mIoU', 'mDice']
+    assert set(names) <= set(before)
+    assert [before[name] for name in names] == pytest.approx([after[name] for name in names], abs=0.1)
+    if detection:
+        predictions = pickle.loads((folder / out).read_bytes())
+        assert len(predictions) == 4 and 'masks' in predictions[0]['pred_instances']
+    else:
+        labels = [np.array(Image.open(path)) for path in (folder / out).glob('*.png')]
+        assert len(labels) == 4 and all(label.shape == (96, 96) for label in labels)
+    pictures = [path for path in folder.glob('**/shown/**/*') if path.suffix in ('.jpg', '.png')]
+    assert len(pictures) >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('config', SHORT, ids=lambda path: path.stem)
+def test_resume_goes_on_from_the_latest_checkpoint(folder, trained, config):
+    longer = ['train_cfg.max_epochs=2'] if config is DETECTION else ['train_cfg.max_iters=6']
+    work_dir = ['--work-dir', config.stem]
+    log = succeed(folder, 'train.py', config, '--resume', *work_dir, '--cfg-options', *SHORT[config], *longer)
+    assert f'resumed epoch: {1 if config is DETECTION else 0}, iter: {2 if config is DETECTION else 3}' in log
+    latest = torch.load(folder / config.stem / ('epoch_2.pth' if config is DETECTION else 'iter_6.pth'), weights_only=False)
+    assert latest['meta']['iter'] == (4 if config is DETECTION else 6)
+    path = trained[config]
+    log = succeed(folder, 'train.py', config, '--resume', path, *work_dir, '--cfg-options', *SHORT[config], *longer)
+    assert 'resumed epoch' in log
+
+
+@pytest.mark.slow
+def test_pretrained_file_reaches_the_backbone(folder, trained):
+    """The authors' layout: weights under `model`."""
+    weights = {name: tensor + 0 for name, tensor in torch.load(trained[DETECTION], weights_only=False)['state_dict'].items()}
+    backbone = {name.removeprefix('backbone.'): t for name, t in weights.items() if name.startswith('backbone.')}
+    torch.save({'model': backbone}, folder / 'pretrained.pth')
+    options = ['train_cfg.max_iters=1', 'train_cfg.val_interval=9', 'optim_wrapper.optimizer.lr=0.0', 'train_dataloader.batch_size=2']
+    options += ['optim_wrapper.optimizer.weight_decay=0.0', 'default_hooks.checkpoint.interval=1']
+    work_dir = folder / 'from_pretrained'
+    succeed(
+        folder, 'train.py', SEGMENTATION, '--pretrained', 'pretrained.pth', '--work-dir', work_dir, '--cfg-options', *options
+    )
+    learned = torch.load(work_dir / 'iter_1.pth', weights_only=False)['state_dict']
+    parameters = [name for name in backbone if not name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))]
+    assert all(torch.equal(learned[f'backbone.{name}'], backbone[name]) for name in parameters)
+
+
+@pytest.mark.slow
+def test_tta_of_segmentor_and_box_detector(folder, trained):
+    succeed(folder, 'test.py', SEGMENTATION, trained[SEGMENTATION], '--tta', '--fuse', '--work-dir', 'tta')
+    assert scalars(folder / 'tta')['mIoU'] >= 0
+    boxes = folder / 'boxes.py'
+    boxes.write_text(
+        f"_base_ = '{DETECTION}'\n"
+        "model = dict(type='FasterRCNN', roi_head=dict(mask_roi_extractor=None, mask_head=None))\n"
+        "test_evaluator = dict(metric='bbox')\n"
+    )
+    succeed(folder, 'test.py', boxes, trained[DETECTION], '--tta', '--work-dir', 'tta_boxes', '--eval', 'bbox')
+    assert scalars(folder / 'tta_boxes')['coco/bbox_mAP'] >= 0
+
+
+@pytest.mark.slow
+def test_distributed_launchers(folder):
+    """Two processes over gloo; the metrics of the distributed test are those of the plain one."""
+    gloo = ['env_cfg.dist_cfg.backend=gloo', *SHORT[DETECTION]]
+    path = {'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}', 'OMP_NUM_THREADS': '1'}
+    train = run(
+        folder,
+        [TOOLS / 'dist_train.sh'],
+        DETECTION, 2, '--work-dir', 'distributed', '--cfg-options', *gloo,
+        **path, PORT='29511',
+    )  # fmt: skip
+    assert train.returncode == 0, train.stderr[-3000:]
+    checkpoint = folder / 'distributed/epoch_1.pth'
+    assert torch.load(checkpoint, weights_only=False)['meta']['iter'] == 1  # 8 images, 2 processes, 4 each
+    test = run(
+        folder,
+        [TOOLS / 'dist_test.sh'],
+        DETECTION, checkpoint, 2, '--fuse', '--work-dir', 'distributed_test', '--cfg-options', *gloo,
+        **path, PORT='29512',
+    )  # fmt: skip
+    assert test.returncode == 0, test.stderr[-3000:]
+    succeed(folder, 'test.py', DETECTION, checkpoint, '--work-dir', 'plain_test')
+    assert scalars(folder / 'distributed_test') == pytest.approx(scalars(folder / 'plain_test'), abs=1e-3, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ('script', 'arguments', 'expected'),
+    [
+        ('slurm_train.sh', ['gpu', 'job', 'c.py', 'out', '--amp'], 'train.py c.py --work-dir out --launcher slurm --amp'),
+        ('slurm_test.sh', ['gpu', 'job', 'c.py', 'c.pth', '--fuse'], 'test.py c.py c.pth --launcher slurm --fuse'),
+    ],
+)
+def test_slurm_launchers_call_srun(tmp_path, script, arguments, expected):
+    fake = tmp_path / 'srun'
+    fake.write_text('#!/bin/sh\necho "$@"\n')
+    fake.chmod(0o755)
+    path = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'GPUS': '16', 'SRUN_ARGS': '--time 10 --exclusive'}
+    done = run(tmp_path, [TOOLS / script], *arguments, **path)
+    assert done.returncode == 0
+    assert '--partition=gpu --job-name=job --gres=gpu:8 --ntasks=16 --ntasks-per-node=8' in done.stdout
+    assert f'--time 10 --exclusive python -u {TOOLS}/{expected}' in done.stdout
+
+
+@pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh'])
+def test_shell_launchers_say_what_they_take(tmp_path, script):
+    done = run(tmp_path, [TOOLS / script], 'only_one')
+    assert done.returncode == 2
+    assert done.stderr.startswith('usage: ') and done.stderr.count('\n') == 1
+
+
+WRONG = {
+    'no such config': (
+        ['train.py', str(COCO).replace('m1_1', 'm1_2')],
+        ['config', 'mask_rcnn_repvit_m1_2_fpn_1x_coco.py not found', 'the nearest is'],
+    ),
+    'no COCO': (
+        ['train.py', COCO],
+        ['data not found: data/coco/annotations/instances_train2017.json', 'train_dataloader', 'https://cocodataset.org'],
+    ),
+    'no ADE20K': (
+        ['test.py', ADE20K, 'exists.pth', '--eval', 'mIoU'],
+        ['data not found: data/ade/ADEChallengeData2016/images/validation', 'test_dataloader'],
+    ),
+    'no pretrained file': (
+        ['train.py', DETECTION, '--pretrained', 'absent.pth'],
+        ['pretrained file absent.pth not found', '--pretrained none'],
+    ),
+    'no network': (
+        ['train.py', DETECTION, '--pretrained', 'http://localhost:9/weights.pth'],
+        ['http://localhost:9/weights.pth cannot be downloaded', 'is not at', 'checkpoints/weights.pth', '--pretrained none'],
+    ),
+    'no checkpoint': (['test.py', DETECTION, 'absent.pth'], ['checkpoint absent.pth not found']),
+    'typo in the checkpoint': (['test.py', DETECTION, 'exist.pth'], ['exist.pth not found', 'the nearest is exists.pth']),
+    'folder for a checkpoint': (['test.py', DETECTION, 'data'], ['checkpoint data is a folder']),
+    'resume from nothing': (['train.py', DETECTION, '--resume', 'absent.pth'], ['--resume absent.pth not found']),
+    'segmentation metric for a detector': (
+        ['test.py', DETECTION, 'exists.pth', '--eval', 'mIoU'],
+        ['--eval mIoU: detection takes bbox, segm'],
+    ),
+    'detection metric for a segmentor': (
+        ['test.py', SEGMENTATION, 'exists.pth', '--eval', 'bbox'],
+        ['--eval bbox: segmentation takes mIoU, mDice, mFscore'],
+    ),
+    'TTA of masks': (['test.py', DETECTION, 'exists.pth', '--tta'], ['--tta', 'masks']),
+    'out of a detector': (['test.py', DETECTION, 'exists.pth', '--out', 'folder'], ['--out folder', '.pkl']),
+    'out of a segmentor': (['test.py', SEGMENTATION, 'exists.pth', '--out', 'x.pkl'], ['--out x.pkl', 'folder']),
+    'amp without a GPU': (['train.py', DETECTION, '--amp'], ['--amp needs an accelerator']),
+    'unknown arch': (
+        ['train.py', DETECTION, '--cfg-options', 'model.backbone.arch=m1_2'],
+        ["arch='m1_2'", "nearest is 'm1_", 'log_level=DEBUG'],
+    ),
+    'unknown option of the backbone': (
+        ['train.py', DETECTION, '--cfg-options', 'model.backbone.norm_evil=True'],
+        ["no option 'norm_evil'", "nearest is 'norm_eval'"],
+    ),
+    'nothing to fuse': (
+        ['test.py', 'resnet.py', 'exists.pth', '--fuse'],
+        ['the model has no backbone of repvit_mm'],
+    ),
+    'config that cannot be read': (['train.py', 'broken.py'], ['config broken.py cannot be read']),
+    'config of another library': (['train.py', 'pretrain.py'], ["default_scope='mmpretrain'", 'mmdet, mmseg']),
+    'no base batch size': (['train.py', 'unscaled.py', '--auto-scale-lr'], ['auto_scale_lr.base_batch_size']),
+}
+
+
+@pytest.fixture(scope='module')
+def wrong_folder(folder):
+    torch.save({'state_dict': {}}, folder / 'exists.pth')
+    (folder / 'broken.py').write_text('_base_ = \n')
+    (folder / 'pretrain.py').write_text("default_scope = 'mmpretrain'\n")
+    (folder / 'unscaled.py').write_text(f"_base_ = '{DETECTION}'\nauto_scale_lr = dict(_delete_=True)\n")
+    (folder / 'resnet.py').write_text(
+        f"_base_ = '{SEGMENTATION}'\n"
+        "model = dict(backbone=dict(_delete_=True, type='ResNet', depth=18), neck=dict(in_channels=[64, 128, 256, 512]))\n"
+    )
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', WRONG)
+def test_wrong_use_gets_one_line(wrong_folder, case):
+    (tool, *arguments), expected = WRONG[case]
+    done = launch(wrong_folder, tool, *arguments, '--work-dir', 'wrong')
+    assert done.returncode == 1
+    assert 'Traceback' not in done.stdout + done.stderr
+    last_line = done.stderr.rstrip('\n').splitlines()[-1]
+    for part in expected:
+        assert part in last_line
+    assert not list((wrong_folder / 'wrong').glob('*.pth'))
+
+
+def test_usage_errors_are_argparse_s(tmp_path):
+    done = launch(tmp_path, 'train.py')
+    assert done.returncode == 2
+    assert 'usage: train.py' in done.stderr and 'Traceback' not in done.stderr
+
+

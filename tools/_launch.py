@@ -1,0 +1,197 @@
+"""What the launchers share: reading a config, and saying in one line what in it cannot work here."""
+
+import argparse
+import difflib
+import logging
+import os
+import socket
+import sys
+import traceback
+import urllib.error
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# mmengine 0.10 still imports pkg_resources, which says at every import that it will go.
+warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+
+import torch  # noqa: E402
+from mmengine.config import Config, ConfigDict, DictAction  # noqa: E402
+from mmengine.registry import RUNNERS  # noqa: E402
+from mmengine.runner import Runner  # noqa: E402
+
+try:
+    import repvit_mm  # noqa: F401
+except ImportError as error:
+    sys.exit(f'{error} (a checkout is installed by: pip install -e .)')
+
+TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation'}
+"""Default scope of a config -> its task."""
+
+DATA_HINTS = {
+    'data/coco': 'get COCO-2017 from https://cocodataset.org/#download and link its folder as data/coco',
+    'data/ade': 'get ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu and unpack it in data/ade',
+    'data/shapes': 'make it: python tools/make_shapes.py',
+}
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that training and testing share, spelled as everywhere in OpenMMLab."""
+    parser.add_argument('--work-dir', help='folder for logs and results (default: work_dirs/<name of the config>)')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        default={},
+        metavar='KEY=VALUE',
+        help='override settings of the config, e.g. train_dataloader.batch_size=4 or model.neck.in_channels="[1,2]"',
+    )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
+    # torch.distributed.launch passes it; torchrun sets the environment variable instead.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config with the command line's common options in it; exits with one line if it cannot be read."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    path = Path(args.config)
+    if not path.is_file():
+        names = [str(other) for other in path.parent.glob('*.py')]
+        nearest = difflib.get_close_matches(str(path), names, n=1)
+        sys.exit(f'config {path} not found' + (f'; the nearest is {nearest[0]}' if nearest else ''))
+    try:
+        cfg = Config.fromfile(path)
+    except Exception as error:  # anything can go wrong in a file of code
+        sys.exit(f'config {path} cannot be read: {one_line(error)}')
+    try:
+        cfg.merge_from_dict(args.cfg_options)
+    except Exception as error:
+        sys.exit(f'--cfg-options do not fit {path}: {one_line(error)}')
+    if cfg.get('default_scope') not in TASKS:
+        sys.exit(f'config {path} has default_scope={cfg.get("default_scope")!r}: expected one of {", ".join(TASKS)}')
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', path.stem))
+    return cfg
+
+
+def one_line(error: Exception) -> str:
+    """An exception's message on one line, with its type where the message alone would not say much."""
+    text = ' '.join(str(error).split())
+    return text if len(text) > 20 else f'{type(error).__name__}: {text}'
+
+
+def build_runner(cfg: Config, *loops: str) -> Runner:
+    """The runner of a config; exits with one line if something in the config cannot be built.
+
+    Args:
+        cfg: The config.
+        loops: ``'train_loop'``, ``'val_loop'`` or ``'test_loop'``: those that will run, with their data sets.
+    """
+    try:
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        for loop in loops:
+            getattr(runner, loop)  # the runner builds a loop as it is first asked for
+        return runner
+    except Exception as error:
+        if logging.getLevelName(cfg.get('log_level', 'INFO')) == logging.DEBUG:
+            traceback.print_exc()
+        sys.exit(f'the config cannot be built: {one_line(error)} (--cfg-options log_level=DEBUG shows where)')
+
+
+def datasets(dataset: ConfigDict, name: str) -> Iterator[tuple[str, ConfigDict]]:
+    """Each plain dataset inside wrappers such as ``RepeatDataset`` and ``ConcatDataset``, with its name."""
+    if 'datasets' in dataset:
+        for index, inner in enumerate(dataset.datasets):
+            yield from datasets(inner, f'{name}.datasets.{index}')
+    elif 'dataset' in dataset:
+        yield from datasets(dataset.dataset, f'{name}.dataset')
+    else:
+        yield name, dataset
+
+
+def check_data(cfg: Config, *splits: str) -> None:
+    """Exit with one line unless the files and folders that the splits' data sets and metrics read are there.
+
+    Args:
+        cfg: The config.
+        splits: ``'train'``, ``'val'`` or ``'test'``; one that the config does not have is passed over.
+    """
+    wanted: list[tuple[str, str]] = []
+    for split in splits:
+        loader = cfg.get(f'{split}_dataloader')
+        for name, dataset in datasets(loader.dataset, f'{split}_dataloader.dataset') if loader else ():
+            root = dataset.get('data_root') or ''
+            prefixes = dataset.get('data_prefix') or {}
+            for key, path in [('ann_file', dataset.get('ann_file')), *prefixes.items()]:
+                if path:
+                    field = key if key == 'ann_file' else f'data_prefix.{key}'
+                    wanted.append((f'{name}.{field}', os.path.join(root, path)))
+        evaluators = cfg.get(f'{split}_evaluator') or []
+        for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+            if split != 'train' and evaluator.get('ann_file'):
+                wanted.append((f'{split}_evaluator.ann_file', evaluator.ann_file))
+    for name, path in wanted:
+        if '://' not in path and not os.path.exists(path):
+            hint = next((hint for start, hint in DATA_HINTS.items() if Path(path).is_relative_to(start)), None)
+            sys.exit(
+                f'data not found: {path} ({name}; looked for it in {Path.cwd()}); '
+                + (f'{hint}, or ' if hint else '')
+                + 'set another path with --cfg-options'
+            )
+
+
+def check_checkpoint(path: str, option: str) -> None:
+    """Exit with one line unless a checkpoint that is given as a path, not as an address, is a file."""
+    if '://' in path or os.path.isfile(path):
+        return
+    folder = Path(path).parent
+    nearest = difflib.get_close_matches(path, [str(other) for other in folder.glob('*.pth')], n=1)
+    hint = f'; the nearest is {nearest[0]}' if nearest else ''
+    sys.exit(f'{option} {path} ' + ('is a folder, expected a file' if os.path.isdir(path) else 'not found') + hint)
+
+
+def prepare_pretrained(cfg: Config, pretrained: str | None) -> None:
+    """Put ``--pretrained`` into the config and make sure that the backbone's pretrained file can be had.
+
+    Args:
+        cfg: The config; its ``model.backbone.init_cfg`` may change.
+        pretrained: A path or an address, ``'none'`` for random weights, or ``None`` for what the config says.
+    """
+    backbone = cfg.model.get('backbone')
+    if pretrained is not None:
+        if backbone is None:
+            sys.exit('--pretrained: the config has no model.backbone to load it into')
+        backbone.init_cfg = None if pretrained == 'none' else dict(type='Pretrained', checkpoint=pretrained)
+    init_cfg: Any = backbone.get('init_cfg') if backbone else None
+    if not isinstance(init_cfg, dict) or init_cfg.get('type') != 'Pretrained':
+        return
+    checkpoint = init_cfg.get('checkpoint', '')
+    instead = '--pretrained PATH takes another file, --pretrained none starts from random weights'
+    if checkpoint.startswith(('http://', 'https://')):
+        cached = Path(torch.hub.get_dir(), 'checkpoints', checkpoint.rpartition('/')[2])
+        if is_first_process() and not cached.exists():
+            try:
+                download(checkpoint, cached)
+            except (urllib.error.URLError, OSError) as error:
+                reason = one_line(error)
+                sys.exit(f'pretrained file {checkpoint} cannot be downloaded ({reason}) and is not at {cached}; {instead}')
+    elif '://' not in checkpoint and not os.path.isfile(checkpoint):
+        sys.exit(f'pretrained file {checkpoint} not found (looked for it in {Path.cwd()}); {instead}')
+
+
+def download(address: str, path: Path) -> None:
+    """Fetch a file with a progress bar; ``path`` appears only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)
+    try:
+        torch.hub.download_url_to_file(address, str(path))
+    finally:
+        socket.setdefaulttimeout(patience)
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process of a job or its rank 0, before the job's processes have met."""
+    ranks = (os.environ.get(name) for name in ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'))
+    return int(next((rank for rank in ranks if rank is not None), 0)) == 0

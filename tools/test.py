@@ -1,0 +1,157 @@
+"""Test a detector or a segmentor: python tools/test.py CONFIG CHECKPOINT --eval METRIC."""
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+from _launch import (
+    TASKS,
+    add_common_arguments,
+    build_runner,
+    check_checkpoint,
+    check_data,
+    datasets,
+    load_config,
+)
+from mmengine.config import Config, ConfigDict
+
+from repvit_mm.hooks import FusionError
+
+METRICS = {
+    'mmdet': ('metric', ('bbox', 'segm', 'proposal', 'proposal_fast')),
+    'mmseg': ('iou_metrics', ('mIoU', 'mDice', 'mFscore')),
+}
+"""Scope -> its metric's option for what to evaluate, and the values that it takes."""
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description='Test a detector or a segmentor.')
+    parser.add_argument('config', help='config file, e.g. configs/seg/fpn_repvit_m1_1_ade20k_40k.py')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        '--eval',
+        nargs='+',
+        metavar='METRIC',
+        help=f'what to evaluate; detection: {" ".join(METRICS["mmdet"][1])}; '
+        f"segmentation: {' '.join(METRICS['mmseg'][1])} (default: the config's)",
+    )
+    parser.add_argument('--fuse', action='store_true', help='fuse the backbone for deployment before the test')
+    parser.add_argument('--out', help='save the predictions: a .pkl file for detection, a folder of PNGs for segmentation')
+    parser.add_argument('--show-dir', help='folder for pictures of the predictions')
+    parser.add_argument('--tta', action='store_true', help='test-time augmentation')
+    add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def evaluators(cfg: Config) -> list[ConfigDict]:
+    """The test metrics of a config, of which there may be one or several."""
+    found = cfg.get('test_evaluator') or []
+    return found if isinstance(found, list) else [found]
+
+
+def has_masks(node: Any) -> bool:
+    """Whether a model's config has a mask head."""
+    if isinstance(node, dict):
+        return node.get('mask_head') is not None or any(has_masks(child) for child in node.values())
+    return isinstance(node, list | tuple) and any(has_masks(child) for child in node)
+
+
+def choose_metrics(cfg: Config, metrics: list[str]) -> None:
+    """Put ``--eval`` into the config's metric; exits with one line unless it fits the task."""
+    option, valid = METRICS[cfg.default_scope]
+    for metric in metrics:
+        if metric not in valid:
+            sys.exit(f'--eval {metric}: {TASKS[cfg.default_scope]} takes {", ".join(valid)}')
+    if 'segm' in metrics and not has_masks(cfg.model):
+        sys.exit('--eval segm: this detector predicts boxes only, take --eval bbox')
+    targets = [evaluator for evaluator in evaluators(cfg) if option in evaluator]
+    if not targets:
+        types = ', '.join(evaluator.type for evaluator in evaluators(cfg)) or 'nothing'
+        sys.exit(f'--eval: the config evaluates with {types}, which has no option {option!r}')
+    for evaluator in targets:
+        evaluator[option] = metrics
+
+
+def save_predictions(cfg: Config, out: str) -> None:
+    """Put ``--out`` into the config, in the form that each framework gives it."""
+    path = Path(out)
+    if cfg.default_scope == 'mmdet':
+        if path.suffix not in ('.pkl', '.pickle'):
+            sys.exit(f'--out {out}: detection saves a pickle file, expected a name that ends in .pkl')
+        cfg.test_evaluator = [*evaluators(cfg), dict(type='DumpDetResults', out_file_path=out)]
+    else:
+        if path.is_file() or path.suffix in ('.pkl', '.pickle'):
+            sys.exit(f'--out {out}: segmentation saves PNGs in a folder, expected the name of one')
+        for evaluator in evaluators(cfg):
+            evaluator.update(output_dir=out, keep_results=True)
+
+
+def show_predictions(cfg: Config, show_dir: str) -> None:
+    """Put ``--show-dir`` into the config."""
+    hook = cfg.get('default_hooks', {}).get('visualization')
+    if hook is None:
+        sys.exit('--show-dir: the config has no default_hooks.visualization')
+    hook.draw = True
+    if cfg.default_scope == 'mmdet':
+        hook.test_out_dir = show_dir
+    else:
+        cfg.visualizer.save_dir = show_dir
+
+
+def augment_tests(cfg: Config) -> None:
+    """Put ``--tta`` into the config: its own augmentation, or for a box detector a horizontal flip."""
+    if has_masks(cfg.model):
+        sys.exit('--tta: MMDetection merges augmented boxes but not masks; test this detector without it')
+    for _, dataset in datasets(cfg.test_dataloader.dataset, 'test_dataloader.dataset'):
+        dataset.pipeline = cfg.get('tta_pipeline') or flipped(dataset.pipeline)
+    if cfg.default_scope == 'mmdet':
+        cfg.setdefault(
+            'tta_model',
+            dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)),
+        )
+    elif 'tta_model' not in cfg:
+        sys.exit('--tta: the config has no tta_model and tta_pipeline; the ones of mmseg::_base_ have them')
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+
+
+def flipped(pipeline: list[dict]) -> list[dict]:
+    """A detection test pipeline whose packing step comes once as it is and once flipped."""
+    pack = copy.deepcopy(pipeline[-1])
+    pack.meta_keys = tuple(dict.fromkeys([*pack.get('meta_keys', ()), 'flip', 'flip_direction']))
+    flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
+    return [*pipeline[:-1], dict(type='TestTimeAug', transforms=[flips, [pack]])]
+
+
+def apply_options(cfg: Config, args: argparse.Namespace) -> None:
+    """Put the command line into the config; exits with one line where the two do not fit."""
+    check_checkpoint(args.checkpoint, 'checkpoint')
+    cfg.load_from = args.checkpoint
+    if args.eval:
+        choose_metrics(cfg, args.eval)
+    if args.out:
+        save_predictions(cfg, args.out)
+    if args.show_dir:
+        show_predictions(cfg, args.show_dir)
+    if args.tta:
+        augment_tests(cfg)
+    if args.fuse:
+        cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='FuseOnDeployHook')]
+
+
+def main() -> None:
+    """Test."""
+    args = parse_args()
+    cfg = load_config(args)
+    apply_options(cfg, args)
+    check_data(cfg, 'test')
+    try:
+        build_runner(cfg, 'test_loop').test()
+    except FusionError as error:
+        sys.exit(str(error))
+
+
+if __name__ == '__main__':
+    main()

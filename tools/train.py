@@ -1,0 +1,75 @@
+"""Train a detector or a segmentor: python tools/train.py CONFIG."""
+
+import argparse
+import sys
+
+from _launch import (
+    add_common_arguments,
+    build_runner,
+    check_checkpoint,
+    check_data,
+    load_config,
+    prepare_pretrained,
+)
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.runner import find_latest_checkpoint
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description='Train a detector or a segmentor.')
+    parser.add_argument('config', help='config file, e.g. configs/det/mask_rcnn_repvit_m1_1_fpn_1x_coco.py')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='PATH',
+        help='go on from a checkpoint of this config; without PATH from the latest one in the work folder',
+    )
+    parser.add_argument('--amp', action='store_true', help='train with automatic mixed precision')
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true', help="scale the learning rate to this run's total batch size"
+    )
+    parser.add_argument('--seed', type=int, help='seed of all random numbers')
+    parser.add_argument(
+        '--pretrained', metavar='PATH|none', help="the backbone's pretrained weights instead of the config's"
+    )
+    add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def apply_options(cfg: Config, args: argparse.Namespace) -> None:
+    """Put the command line into the config; exits with one line where the two do not fit."""
+    if args.amp:
+        if get_device() == 'cpu':
+            sys.exit('--amp needs an accelerator, and this machine has none: leave it out')
+        cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            sys.exit("--auto-scale-lr: the config has no auto_scale_lr.base_batch_size, the recipe's total batch size")
+        cfg.auto_scale_lr.enable = True
+    if args.seed is not None:
+        cfg.randomness = dict(cfg.get('randomness', {}), seed=args.seed)
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if cfg.get('load_from'):
+        check_checkpoint(cfg.load_from, '--resume' if args.resume else 'load_from')
+
+
+def main() -> None:
+    """Train."""
+    args = parse_args()
+    cfg = load_config(args)
+    apply_options(cfg, args)
+    check_data(cfg, 'train', 'val')
+    if cfg.get('resume') and (cfg.get('load_from') or find_latest_checkpoint(cfg.work_dir)):
+        args.pretrained = 'none'  # the checkpoint holds all weights
+    prepare_pretrained(cfg, args.pretrained)
+    loops = ('train_loop', 'val_loop') if cfg.get('val_cfg') else ('train_loop',)
+    build_runner(cfg, *loops).train()
+
+
+if __name__ == '__main__':
+    main()
