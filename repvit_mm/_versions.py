@@ -15,7 +15,7 @@ FRAMEWORKS = {
 def _release(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: '2.1.0rc1' -> (2, 1, 0)."""
     numbers = []
-    for part in version.split('.')[:3]:
+    for part in f'{version}.0.0'.split('.')[:3]:
         digits = part[: len(part) - len(part.lstrip('0123456789'))]
         numbers.append(int(digits or 0))
     return tuple(numbers)

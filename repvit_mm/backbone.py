@@ -4,8 +4,8 @@ import difflib
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -30,11 +30,12 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 def check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
     """``out_indices`` as a tuple, or a ``ValueError`` unless they are increasing stage indices from 0 to 3."""
-    indices = tuple(out_indices)
-    nearest = tuple(sorted({min(max(index, 0), NUM_STAGES - 1) for index in indices})) or (NUM_STAGES - 1,)
-    if indices != nearest:
+    indices = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
+    whole = {min(max(index, 0), NUM_STAGES - 1) for index in indices if isinstance(index, int)}
+    nearest = tuple(sorted(whole)) or (NUM_STAGES - 1,)
+    if indices != nearest or not isinstance(out_indices, Sequence):
         raise ValueError(
-            f'out_indices={indices}: expected stage indices from 0 to {NUM_STAGES - 1}, '
+            f'out_indices={out_indices!r}: expected stage indices from 0 to {NUM_STAGES - 1}, '
             f'each once and in increasing order; the nearest is {nearest}'
         )
     return indices
@@ -55,17 +56,23 @@ def refuse_unknown(cls: type, unknown: Mapping[str, Any]) -> None:
     raise TypeError(f'{cls.__name__} takes no option {name!r}: the nearest is {nearest!r} of {", ".join(options)}')
 
 
-@contextmanager
-def running_statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Within the context live BatchNorms normalize by their batch and leave their running statistics alone."""
-    live = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-    for norm in live:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in live:
-            norm.track_running_stats = True
+class RunningStatisticsKept:
+    """Within the context a module's BatchNorms gather running statistics in copies, which are thrown away after it.
+
+    It can be entered again, as each further backward pass through one graph does.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.norms = [child for child in module.modules() if isinstance(child, _BatchNorm)]
+
+    def __enter__(self) -> None:
+        self.buffers = [dict(norm._buffers) for norm in self.norms]
+        for norm in self.norms:
+            norm._buffers.update({name: buffer.clone() for name, buffer in norm._buffers.items() if buffer is not None})
+
+    def __exit__(self, *error: object) -> None:
+        for norm, buffers in zip(self.norms, self.buffers, strict=True):
+            norm._buffers.update(buffers)
 
 
 class ReparamBackbone(BaseModule, ABC):
@@ -121,12 +128,12 @@ class ReparamBackbone(BaseModule, ABC):
 
         self.stem = self._make_stem()
         drop_path_rates = torch.linspace(0, drop_path_rate, sum(self._stage_lengths())).split(self._stage_lengths())
-        stages = [
-            self._make_stage(index, drop_path_rates[index].tolist()) for index in range(self.out_indices[-1] + 1)
-        ]
+        stages = [self._make_stage(index, drop_path_rates[index].tolist()) for index in range(self.out_indices[-1] + 1)]
         # The last stage has no downsample behind it, so its map is its end under every tap.
         offsets = [self.taps[tap]] * (NUM_STAGES - 1) + [0]
         self._tapped = {(i, len(stages[i]) - 1 - offsets[i]) for i in self.out_indices}
+        if min(self._tapped)[1] < 0:
+            raise ValueError(f'tap={tap!r}: stage {min(self._tapped)[0]} has no block before its last one')
         stages[-1] = stages[-1][: max(self._tapped)[1] + 1]
         self.stages = nn.ModuleList(nn.Sequential(*blocks) for blocks in stages)
 
@@ -192,10 +199,10 @@ class ReparamBackbone(BaseModule, ABC):
         return tuple(maps)
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        if not (self.with_cp and self.training and torch.is_grad_enabled()):
+        if not (self.with_cp and torch.is_grad_enabled()):
             return block(x)
         # The second run of a block must not count its batch twice in live statistics.
-        contexts = (nullcontext(), running_statistics_kept(block))
+        contexts = (nullcontext(), RunningStatisticsKept(block))
         return checkpoint(block, x, use_reentrant=False, context_fn=lambda: contexts)
 
     def _freeze_stages(self) -> None:

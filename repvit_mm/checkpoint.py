@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,7 +65,8 @@ def harmless_globals() -> list:
         for function in (reconstruct, scalar)
         for core in ('core', '_core')
     ]
-    return [HistoryBuffer, (history_getattr, 'builtins.getattr'), np.ndarray, np.dtype, *dtypes, *functions]
+    # An empty array is written with a call of bytes.
+    return [bytes, HistoryBuffer, (history_getattr, 'builtins.getattr'), np.ndarray, np.dtype, *dtypes, *functions]
 
 
 @CheckpointLoader.register_scheme(prefixes='', force=True)
@@ -109,7 +111,7 @@ def stage_lengths(names: Iterable[str]) -> list[int]:
         # timm counts the last block of stages 0 to 2 as a part of the downsample that follows.
         return [timm[stage] + (stage > 0) + (stage < max(timm)) for stage in sorted(timm)]
     borders = [1, *sorted(downsamples), last + 1]
-    return [end - start for start, end in zip(borders, borders[1:], strict=False)]
+    return [end - start for start, end in pairwise(borders)]
 
 
 def module_names(lengths: Iterable[int]) -> list[Names]:

@@ -28,9 +28,7 @@ class ConvBN(ReparamBlock):
         norm_weight: float = 1.0,
     ) -> None:
         super().__init__(stride, kernel_size // 2, groups)
-        self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, self.padding, groups=groups, bias=False
-        )
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, self.padding, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(out_channels)
         nn.init.constant_(self.bn.weight, norm_weight)
 

@@ -1,7 +1,7 @@
 """Structural re-parameterization: blocks of linear branches that equal one convolution.
 
-The idea is RepVGG's (https://arxiv.org/abs/2101.03697). Here it is written down once: a :class:`ReparamBlock` states its
-equivalent kernel as a differentiable function of its own parameters. Three things follow from that one statement.
+The idea is RepVGG's (https://arxiv.org/abs/2101.03697). Here it is written down once: a :class:`ReparamBlock` states
+its equivalent kernel as a differentiable function of its own parameters. Three things follow from that one statement.
 
 * With live BatchNorm statistics the block runs its branches.
 * With frozen statistics it runs one convolution with the equivalent kernel: same output, same gradients.
@@ -35,18 +35,21 @@ def conv_kernel(conv: nn.Conv2d) -> Kernel:
 
 def identity_kernel(like: Kernel) -> Kernel:
     """The kernel that leaves a map as it is, for the channels, groups, size, dtype and device of ``like``."""
-    out_channels, in_channels_per_group, *_ = like.weight.shape
-    weight = nn.init.dirac_(torch.zeros_like(like.weight), groups=out_channels // in_channels_per_group)
+    out_channels, in_channels_per_group, height, width = like.weight.shape
+    # Output channel c of a group takes its input channel c. Not nn.init.dirac_, which takes a step for each channel.
+    centre = torch.eye(in_channels_per_group, dtype=like.weight.dtype, device=like.weight.device)
+    centre = centre.repeat(out_channels // in_channels_per_group, 1)[:, :, None, None]
+    weight = F.pad(centre, (width // 2, width // 2, height // 2, height // 2))
     return Kernel(weight, torch.zeros_like(like.bias))
 
 
 def pad_kernel(kernel: Kernel, size: tuple[int, int]) -> Kernel:
     """The same convolution with a larger kernel of ``size`` (kH, kW), zero around the old one."""
     (height, width), (old_height, old_width) = size, kernel.weight.shape[2:]
-    pad_y, odd_y = divmod(height - old_height, 2)
-    pad_x, odd_x = divmod(width - old_width, 2)
-    if odd_y or odd_x or pad_y < 0 or pad_x < 0:
+    more_y, more_x = int(height - old_height), int(width - old_width)  # sizes are tensors while a network is traced
+    if more_y < 0 or more_x < 0 or more_y % 2 or more_x % 2:
         raise ValueError(f'cannot centre a {old_height}x{old_width} kernel in a {height}x{width} one')
+    pad_y, pad_x = more_y // 2, more_x // 2
     return Kernel(F.pad(kernel.weight, (pad_x, pad_x, pad_y, pad_y)), kernel.bias)
 
 
@@ -122,7 +125,10 @@ class ReparamBlock(nn.Module, ABC):
     @torch.no_grad()
     def to_conv(self) -> nn.Conv2d:
         """The block as a plain convolution of the same device, dtype and mode, folded in float64."""
-        weight, bias = copy.deepcopy(self).to('cpu', torch.float64).equivalent_kernel()
+        # A SyncBatchNorm's process group cannot be copied; the copy shares it.
+        process_groups = [getattr(module, 'process_group', None) for module in self.modules()]
+        twin = copy.deepcopy(self, {id(group): group for group in process_groups if group is not None})
+        weight, bias = twin.to('cpu', torch.float64).equivalent_kernel()
         out_channels, in_channels_per_group, *size = weight.shape
         like = next(self.parameters())
         conv = nn.Conv2d(
@@ -165,7 +171,7 @@ def switch_to_deploy(model: nn.Module) -> nn.Module:
     # Every kernel is computed before the first block is replaced; a block used in two places stays one convolution.
     convs = {block: block.to_conv() for block in reparam_blocks(model)}
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children() names a module of two names only once
             if child in convs:
                 setattr(parent, name, convs[child])
     return convs.get(model, model)
@@ -177,7 +183,7 @@ def plain_formulation(model: nn.Module) -> Iterator[None]:
 
     This is the second formulation of the same function: what folding is checked and measured against.
     """
-    before = {block: block.folds for block in reparam_blocks(model)}
+    before = {block: block.folds for block in model.modules() if isinstance(block, ReparamBlock)}
     for block in before:
         block.folds = False
     try:

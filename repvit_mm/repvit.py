@@ -1,7 +1,7 @@
 """RepViT: Revisiting Mobile CNN From ViT Perspective (CVPR 2024, https://arxiv.org/abs/2307.09283)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -137,7 +137,7 @@ class RepViT(ReparamBackbone):
 
     specs = REPVIT_SPECS
     spec_type = RepViTSpec
-    taps = {'stage_end': 0, 'pre_downsample': 1}
+    taps: ClassVar = {'stage_end': 0, 'pre_downsample': 1}
 
     def __init__(
         self,
@@ -153,9 +153,7 @@ class RepViT(ReparamBackbone):
         **unknown: Any,
     ) -> None:
         refuse_unknown(type(self), unknown)
-        super().__init__(
-            arch, out_indices, tap, drop_path_rate, norm_eval, frozen_stages, with_cp, deploy, init_cfg
-        )
+        super().__init__(arch, out_indices, tap, drop_path_rate, norm_eval, frozen_stages, with_cp, deploy, init_cfg)
 
     def _make_stem(self) -> nn.Module:
         return Stem(self.spec.channels[0])

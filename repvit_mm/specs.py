@@ -26,6 +26,8 @@ class RepViTSpec:
             values = getattr(self, name)
             if len(values) != 4 or any(not isinstance(value, int) or value < 1 for value in values):
                 raise ValueError(f'{name}={values!r}: expected four positive integers, one for each stage')
+        if not isinstance(self.norm_after_sum, bool):
+            raise ValueError(f'norm_after_sum={self.norm_after_sum!r}: expected True or False')
         if self.channels[0] % 2:
             raise ValueError(f'channels={self.channels!r}: the first width must be even, the stem starts with its half')
 

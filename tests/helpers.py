@@ -3,7 +3,7 @@
 import json
 import runpy
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -88,10 +88,15 @@ def image() -> Tensor:
         return torch.from_numpy(file['image'])
 
 
+@cache
+def named_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.as_tensor(reference_tensor(name, shape))
+
+
 def randomize(model: nn.Module) -> nn.Module:
     """Fill every tensor, statistics and affine parameters of norms too, with numbers drawn from its name."""
     for name, tensor in model.state_dict().items():
-        tensor.copy_(torch.as_tensor(reference_tensor(name, tuple(tensor.shape))))
+        tensor.copy_(named_tensor(name, tuple(tensor.shape)))
     return model
 
 

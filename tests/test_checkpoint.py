@@ -1,15 +1,19 @@
 """Other people's checkpoints: tensor names translated one to one, files read by the framework's own machinery."""
 
+import os
+import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from helpers import GOLDENS, HEADS, Golden
-from mmengine.runner.checkpoint import load_checkpoint
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader, load_checkpoint
 from torch import nn
 
 from repvit_mm import switch_to_deploy
-from repvit_mm.checkpoint import translate, unwrap
+from repvit_mm.checkpoint import STATISTICS, read_checkpoint, translate, unwrap
 
 golden_names = pytest.mark.parametrize('golden', GOLDENS, ids=lambda golden: golden.name)
 
@@ -164,3 +168,63 @@ def test_loading_leaves_the_given_state_dict_alone(weights):
     before = list(weights.items())
     build().load_state_dict(weights, strict=True)
     assert all(a == b and x is y for (a, x), (b, y) in zip(weights.items(), before, strict=True))
+
+
+class TestReading:
+    """A checkpoint file is data: reading it runs nothing."""
+
+    def test_training_metadata_survives(self, tmp_path):
+        history = HistoryBuffer([3.0, 1.0, 2.0], [1, 1, 1])
+        metadata = {'loss': history, 'lr': np.float64(0.1), 'order': np.arange(3), 'names': np.array(['a']), 'iter': 7}
+        torch.save({'message_hub': metadata}, tmp_path / 'a.pth')
+        read = CheckpointLoader.load_checkpoint(str(tmp_path / 'a.pth'))['message_hub']
+        assert read['lr'] == metadata['lr'] and read['iter'] == 7
+        assert all(np.array_equal(read[name], metadata[name]) for name in ('order', 'names'))
+        assert all(read['loss'].statistics(name) == history.statistics(name) for name in STATISTICS)
+
+    def test_history_without_entries_survives(self, tmp_path):
+        torch.save({'loss': HistoryBuffer()}, tmp_path / 'a.pth')
+        assert [len(data) for data in read_checkpoint(str(tmp_path / 'a.pth'))['loss'].data] == [0, 0]
+
+    @pytest.mark.parametrize(
+        ('function', 'arguments'),
+        [
+            (os.system, ('touch {}',)),
+            (eval, ('open({!r}, "w")',)),
+            (getattr, (HistoryBuffer, '__init__')),
+            (getattr, (np.ndarray, 'tofile')),
+            (getattr, (torch.Tensor, 'min')),
+        ],
+        ids=str,
+    )
+    def test_file_that_runs_something_is_refused(self, tmp_path, function, arguments):
+        class Payload:
+            def __reduce__(self):
+                target = str(tmp_path / 'was_run')
+                return function, tuple(a.format(target) if isinstance(a, str) else a for a in arguments)
+
+        file = str(tmp_path / 'a.pth')
+        torch.save({'state_dict': {'a': torch.zeros(1)}, 'meta': Payload()}, file)
+        for read in (read_checkpoint, CheckpointLoader.load_checkpoint):
+            with pytest.raises(pickle.UnpicklingError):
+                read(file)
+        with pytest.raises(pickle.UnpicklingError):
+            load_checkpoint(nn.Linear(1, 1), file)
+        assert not (tmp_path / 'was_run').exists()
+
+    def test_nothing_stays_allowed(self, tmp_path):
+        """Torch's own reader is as strict after ours as before."""
+        torch.save({'loss': HistoryBuffer([1.0], [1])}, tmp_path / 'a.pth')
+        read_checkpoint(str(tmp_path / 'a.pth'))
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(tmp_path / 'a.pth', weights_only=True)
+
+    def test_missing_file_is_named(self, tmp_path):
+        for read in (read_checkpoint, CheckpointLoader.load_checkpoint):
+            with pytest.raises(FileNotFoundError, match=r'nowhere\.pth'):
+                read(str(tmp_path / 'nowhere.pth'))
+
+    def test_home_folder_is_expanded(self, tmp_path, monkeypatch):
+        monkeypatch.setenv('HOME', str(tmp_path))
+        torch.save({'a': 1}, tmp_path / 'a.pth')
+        assert read_checkpoint('~/a.pth') == {'a': 1}

@@ -215,9 +215,7 @@ def test_ade20k_recipe(path):
     assert cfg.test_evaluator.iou_metrics == ['mIoU']
 
 
-@pytest.mark.parametrize(
-    ('path', 'decay'), [(COCO[0], 0.05), (ADE20K[0], 1e-4)], ids=['coco', 'ade20k']
-)
+@pytest.mark.parametrize(('path', 'decay'), [(COCO[0], 0.05), (ADE20K[0], 1e-4)], ids=['coco', 'ade20k'])
 def test_every_parameter_learns_and_decays(path, decay):
     cfg = load(path)
     model = build(cfg).train()

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 import repvit_mm.hooks
 from repvit_mm import FuseOnDeployHook
-from repvit_mm.backbone import ReparamBackbone
 from repvit_mm.checkpoint import read_checkpoint
 from repvit_mm.reparam import reparam_blocks
 
@@ -34,6 +33,7 @@ class Net(BaseModel):
         self.head(backbone(torch.zeros(2, 3, 64, 64))[-1])
 
     def forward(self, inputs: Tensor, label: Tensor, mode: str) -> dict[str, Tensor] | list[Tensor]:
+        inputs = inputs.to(self.head[1].weight.dtype)
         outputs = self.head(self.backbone(inputs)[-1]).mean((1, 2, 3))
         return {'loss': (outputs - label).square().mean()} if mode == 'loss' else list(outputs)
 
@@ -131,7 +131,15 @@ def test_fuses_before_a_test_run(net, make_runner, lines):
     assert isinstance(net.head[0], nn.BatchNorm2d), 'the head is not fused'
     found = re.fullmatch(rf'.*: fused {blocks} blocks; .* difference is (\S+), (\S+) of the largest output', *lines)
     assert 0 < float(found[2]) < 1e-4
-    assert 0 < float(found[1])
+    assert float(found[1]) > 0
+
+
+def test_half_precision_gets_more_tolerance(net, make_runner, lines):
+    expected = make_runner(copy.deepcopy(net)).test()
+    assert make_runner(net.bfloat16(), FUSE).test() == pytest.approx(expected, abs=0.03)
+    assert not reparam_blocks(net)
+    relative = float(re.search(r'(\S+) of the largest output', *lines)[1])
+    assert relative > FuseOnDeployHook().tolerance
 
 
 def test_logged_difference_is_that_of_the_maps(net, make_runner, lines, monkeypatch):

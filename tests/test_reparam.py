@@ -35,9 +35,7 @@ odd_size = st.tuples(st.sampled_from(ODD), st.sampled_from(ODD))
 
 
 def random_kernel(out_channels: int, in_channels_per_group: int, size: tuple[int, int]) -> Kernel:
-    return Kernel(
-        torch.randn(out_channels, in_channels_per_group, *size).double(), torch.randn(out_channels).double()
-    )
+    return Kernel(torch.randn(out_channels, in_channels_per_group, *size).double(), torch.randn(out_channels).double())
 
 
 def convolve(x: Tensor, kernel: Kernel, groups: int, stride: int = 1) -> Tensor:
@@ -46,7 +44,9 @@ def convolve(x: Tensor, kernel: Kernel, groups: int, stride: int = 1) -> Tensor:
     return F.conv2d(x, *kernel, stride=stride, padding=(height // 2, width // 2), groups=groups)
 
 
-@given(groups=small, ins=small, outs=small, stride=st.integers(1, 2), small_size=odd_size, border=st.tuples(small, small))
+@given(
+    groups=small, ins=small, outs=small, stride=st.integers(1, 2), small_size=odd_size, border=st.tuples(small, small)
+)
 def test_padded_kernel_is_the_same_convolution(groups, ins, outs, stride, small_size, border):
     kernel = random_kernel(groups * outs, ins, small_size)
     size = tuple(old + 2 * more for old, more in zip(small_size, border, strict=True))
@@ -117,7 +117,7 @@ def x() -> Tensor:
 
 
 def fusion_error(block: ReparamBlock, x: Tensor, folded: ReparamBlock | None = None) -> float:
-    """How far one-convolution running and the deployed convolution, of ``folded``, are from the branches of ``block``."""
+    """How far ``folded``, run as one convolution and deployed as one, is from the branches of ``block``."""
     folded = block if folded is None else folded
     with plain_formulation(block):
         expected = block(x)
@@ -163,7 +163,9 @@ def test_gradients_of_one_convolution_are_those_of_the_branches(block, x):
 
 @pytest.mark.parametrize('part', Kernel._fields)
 def test_gradient_check_notices_a_detached_kernel(block, x, part, monkeypatch):
-    def detached(self, kernel_of=type(block).equivalent_kernel) -> Kernel:
+    kernel_of = type(block).equivalent_kernel
+
+    def detached(self) -> Kernel:
         kernel = kernel_of(self)
         return kernel._replace(**{part: getattr(kernel, part).detach()})
 

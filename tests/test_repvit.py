@@ -64,7 +64,9 @@ def test_channel_mixer_drops_its_branch_for_whole_images():
     assert relative_error(dropped[kept], 2 * branch[kept]) < 1e-5
 
 
-@pytest.mark.parametrize('golden', [golden for golden in GOLDENS if 'stage_end_blocks' in golden.facts], ids=lambda g: g.name)
+@pytest.mark.parametrize(
+    'golden', [golden for golden in GOLDENS if 'stage_end_blocks' in golden.facts], ids=lambda g: g.name
+)
 def test_stages_end_where_the_authors_blocks_do(golden):
     """Their flat list starts with the stem as block 0."""
     network = golden.backbone(golden.arch)
@@ -85,7 +87,9 @@ def test_squeeze_excite_sits_on_every_other_block_and_on_none_before_a_downsampl
     ]
 
 
-@pytest.mark.parametrize(('channels', 'hidden'), [(8, 8), (40, 8), (48, 16), (80, 24), (112, 32), (448, 112), (640, 160)])
+@pytest.mark.parametrize(
+    ('channels', 'hidden'), [(8, 8), (40, 8), (48, 16), (80, 24), (112, 32), (448, 112), (640, 160)]
+)
 def test_squeeze_excite_has_a_quarter_of_the_width(channels, hidden):
     network = RepViT(dict(channels=(channels, 8, 8, 8), depths=(2, 1, 1, 1)), out_indices=(0,))
     layers = [module for module in network.modules() if isinstance(module, SqueezeExcite)]

@@ -110,7 +110,9 @@ def test_resume_goes_on_from_the_latest_checkpoint(folder, trained, config):
     work_dir = ['--work-dir', config.stem]
     log = succeed(folder, 'train.py', config, '--resume', *work_dir, '--cfg-options', *SHORT[config], *longer)
     assert f'resumed epoch: {1 if config is DETECTION else 0}, iter: {2 if config is DETECTION else 3}' in log
-    latest = torch.load(folder / config.stem / ('epoch_2.pth' if config is DETECTION else 'iter_6.pth'), weights_only=False)
+    latest = torch.load(
+        folder / config.stem / ('epoch_2.pth' if config is DETECTION else 'iter_6.pth'), weights_only=False
+    )
     assert latest['meta']['iter'] == (4 if config is DETECTION else 6)
     path = trained[config]
     log = succeed(folder, 'train.py', config, '--resume', path, *work_dir, '--cfg-options', *SHORT[config], *longer)
@@ -120,17 +122,34 @@ def test_resume_goes_on_from_the_latest_checkpoint(folder, trained, config):
 @pytest.mark.slow
 def test_pretrained_file_reaches_the_backbone(folder, trained):
     """The authors' layout: weights under `model`."""
-    weights = {name: tensor + 0 for name, tensor in torch.load(trained[DETECTION], weights_only=False)['state_dict'].items()}
+    weights = {
+        name: tensor + 0 for name, tensor in torch.load(trained[DETECTION], weights_only=False)['state_dict'].items()
+    }
     backbone = {name.removeprefix('backbone.'): t for name, t in weights.items() if name.startswith('backbone.')}
     torch.save({'model': backbone}, folder / 'pretrained.pth')
-    options = ['train_cfg.max_iters=1', 'train_cfg.val_interval=9', 'optim_wrapper.optimizer.lr=0.0', 'train_dataloader.batch_size=2']
+    options = [
+        'train_cfg.max_iters=1',
+        'train_cfg.val_interval=9',
+        'optim_wrapper.optimizer.lr=0.0',
+        'train_dataloader.batch_size=2',
+    ]
     options += ['optim_wrapper.optimizer.weight_decay=0.0', 'default_hooks.checkpoint.interval=1']
     work_dir = folder / 'from_pretrained'
     succeed(
-        folder, 'train.py', SEGMENTATION, '--pretrained', 'pretrained.pth', '--work-dir', work_dir, '--cfg-options', *options
+        folder,
+        'train.py',
+        SEGMENTATION,
+        '--pretrained',
+        'pretrained.pth',
+        '--work-dir',
+        work_dir,
+        '--cfg-options',
+        *options,
     )
     learned = torch.load(work_dir / 'iter_1.pth', weights_only=False)['state_dict']
-    parameters = [name for name in backbone if not name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))]
+    parameters = [
+        name for name in backbone if not name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))
+    ]
     assert all(torch.equal(learned[f'backbone.{name}'], backbone[name]) for name in parameters)
 
 
@@ -176,7 +195,11 @@ def test_distributed_launchers(folder):
 @pytest.mark.parametrize(
     ('script', 'arguments', 'expected'),
     [
-        ('slurm_train.sh', ['gpu', 'job', 'c.py', 'out', '--amp'], 'train.py c.py --work-dir out --launcher slurm --amp'),
+        (
+            'slurm_train.sh',
+            ['gpu', 'job', 'c.py', 'out', '--amp'],
+            'train.py c.py --work-dir out --launcher slurm --amp',
+        ),
         ('slurm_test.sh', ['gpu', 'job', 'c.py', 'c.pth', '--fuse'], 'test.py c.py c.pth --launcher slurm --fuse'),
     ],
 )
@@ -205,7 +228,11 @@ WRONG = {
     ),
     'no COCO': (
         ['train.py', COCO],
-        ['data not found: data/coco/annotations/instances_train2017.json', 'train_dataloader', 'https://cocodataset.org'],
+        [
+            'data not found: data/coco/annotations/instances_train2017.json',
+            'train_dataloader',
+            'https://cocodataset.org',
+        ],
     ),
     'no ADE20K': (
         ['test.py', ADE20K, 'exists.pth', '--eval', 'mIoU'],
@@ -217,10 +244,18 @@ WRONG = {
     ),
     'no network': (
         ['train.py', DETECTION, '--pretrained', 'http://localhost:9/weights.pth'],
-        ['http://localhost:9/weights.pth cannot be downloaded', 'is not at', 'checkpoints/weights.pth', '--pretrained none'],
+        [
+            'http://localhost:9/weights.pth cannot be downloaded',
+            'is not at',
+            'checkpoints/weights.pth',
+            '--pretrained none',
+        ],
     ),
     'no checkpoint': (['test.py', DETECTION, 'absent.pth'], ['checkpoint absent.pth not found']),
-    'typo in the checkpoint': (['test.py', DETECTION, 'exist.pth'], ['exist.pth not found', 'the nearest is exists.pth']),
+    'typo in the checkpoint': (
+        ['test.py', DETECTION, 'exist.pth'],
+        ['exist.pth not found', 'the nearest is exists.pth'],
+    ),
     'folder for a checkpoint': (['test.py', DETECTION, 'data'], ['checkpoint data is a folder']),
     'resume from nothing': (['train.py', DETECTION, '--resume', 'absent.pth'], ['--resume absent.pth not found']),
     'segmentation metric for a detector': (
@@ -261,7 +296,8 @@ def wrong_folder(folder):
     (folder / 'unscaled.py').write_text(f"_base_ = '{DETECTION}'\nauto_scale_lr = dict(_delete_=True)\n")
     (folder / 'resnet.py').write_text(
         f"_base_ = '{SEGMENTATION}'\n"
-        "model = dict(backbone=dict(_delete_=True, type='ResNet', depth=18), neck=dict(in_channels=[64, 128, 256, 512]))\n"
+        "resnet = dict(_delete_=True, type='ResNet', depth=18)\n"
+        'model = dict(backbone=resnet, neck=dict(in_channels=[64, 128, 256, 512]))\n'
     )
     return folder
 
@@ -283,5 +319,3 @@ def test_usage_errors_are_argparse_s(tmp_path):
     done = launch(tmp_path, 'train.py')
     assert done.returncode == 2
     assert 'usage: train.py' in done.stderr and 'Traceback' not in done.stderr
-
-

@@ -50,7 +50,12 @@ def test_release_has_three_numbers(version, release):
         GOOD,
         {'mmengine': '0.8.0'},
         {'mmengine-lite': '0.10.7', 'mmcv-lite': '2.1.0'},
-        {'onedl-mmengine': '0.10.12', 'onedl-mmcv': '2.3.6', 'onedl-mmdetection': '3.5.1', 'onedl-mmsegmentation': '1.4.2'},
+        {
+            'onedl-mmengine': '0.10.12',
+            'onedl-mmcv': '2.3.6',
+            'onedl-mmdetection': '3.5.1',
+            'onedl-mmsegmentation': '1.4.2',
+        },
         {**GOOD, 'mmcv': '2.0'},
         {**GOOD, 'mmcv': '2.0.0rc4'},
     ],
@@ -88,7 +93,7 @@ def test_mmcv_full_is_mmcv(install):
 def test_imported_module_decides(install, monkeypatch):
     install(GOOD)
     monkeypatch.setitem(sys.modules, 'mmdet', SimpleNamespace(__version__='2.28.2'))
-    with pytest.raises(ImportError, match='finds mmdet 2.28.2'):
+    with pytest.raises(ImportError, match=r'finds mmdet 2\.28\.2'):
         check_frameworks()
     monkeypatch.setitem(sys.modules, 'mmdet', SimpleNamespace(__version__='3.3.0'))
     check_frameworks()

@@ -175,7 +175,9 @@ def prepare_pretrained(cfg: Config, pretrained: str | None) -> None:
                 download(checkpoint, cached)
             except (urllib.error.URLError, OSError) as error:
                 reason = one_line(error)
-                sys.exit(f'pretrained file {checkpoint} cannot be downloaded ({reason}) and is not at {cached}; {instead}')
+                sys.exit(
+                    f'pretrained file {checkpoint} cannot be downloaded ({reason}) and is not at {cached}; {instead}'
+                )
     elif '://' not in checkpoint and not os.path.isfile(checkpoint):
         sys.exit(f'pretrained file {checkpoint} not found (looked for it in {Path.cwd()}); {instead}')
 

@@ -124,7 +124,7 @@ def run(task: Task) -> Outcome:
     before = test(task, checkpoint, folder / 'unfused')
     after = test(task, checkpoint, folder / 'fused', '--fuse')
     few = f'test_dataloader.dataset.indices={PICTURES}'
-    test(task, checkpoint, folder / 'pictures', '--fuse', '--show-dir', 'predictions', '--cfg-options', few)
+    test(task, checkpoint, folder / 'few', '--fuse', '--show-dir', folder / 'pictures', '--cfg-options', few)
     outcome = Outcome()
     for label, (name, factor) in task.metrics.items():
         outcome.metrics[label] = [factor * before[name], factor * after[name]]

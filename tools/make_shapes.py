@@ -18,9 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--force', action='store_true', help='replace a data set made with other numbers')
     args = parser.parse_args(argv)
     try:
-        written = write_shapes(
-            args.out, args.train, args.val, args.size, args.seed, force=args.force, progress=track
-        )
+        written = write_shapes(args.out, args.train, args.val, args.size, args.seed, force=args.force, progress=track)
     except ValueError as error:
         parser.error(str(error))
     except ModuleNotFoundError as error:

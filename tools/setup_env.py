@@ -42,12 +42,12 @@ REQUIREMENTS = (
     'mmdet==3.3.0',
     'mmsegmentation==1.2.2',
     # mmsegmentation needs these two without declaring them.
-    'ftfy==6.3.1',
-    'regex==2026.11.15',
+    'ftfy',
+    'regex',
     'numpy>=2,<2.5',
     f'opencv-python=={OPENCV}',
     'pytest==9.2.0',
-    'hypothesis==6.170.15',
+    'hypothesis',
     'ruff==0.17.6',
 )
 # What is run to see that the environment works.
@@ -227,7 +227,7 @@ def pip(*arguments: str, environment: dict | None = None, watch: Callable[[str],
 
 
 def venv_is_usable() -> bool:
-    """Whether `.venv` can be built upon: it is whole, its Python is supported and its scripts were made for this place."""
+    """Whether `.venv` can be built upon: whole, of a supported Python, with scripts that were made for this place."""
     try:
         made_here = str(VENV) in (VENV / 'bin' / 'pip').read_text()
     except OSError:

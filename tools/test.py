@@ -39,7 +39,9 @@ def parse_args() -> argparse.Namespace:
         f"segmentation: {' '.join(METRICS['mmseg'][1])} (default: the config's)",
     )
     parser.add_argument('--fuse', action='store_true', help='fuse the backbone for deployment before the test')
-    parser.add_argument('--out', help='save the predictions: a .pkl file for detection, a folder of PNGs for segmentation')
+    parser.add_argument(
+        '--out', help='save the predictions: a .pkl file for detection, a folder of PNGs for segmentation'
+    )
     parser.add_argument('--show-dir', help='folder for pictures of the predictions')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
     add_common_arguments(parser)
@@ -90,15 +92,17 @@ def save_predictions(cfg: Config, out: str) -> None:
 
 
 def show_predictions(cfg: Config, show_dir: str) -> None:
-    """Put ``--show-dir`` into the config."""
+    """Put ``--show-dir`` into the config, so that a picture of every image lands there."""
+    path = str(Path(show_dir).resolve())  # MMDetection would take a relative one from inside the work folder
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
         sys.exit('--show-dir: the config has no default_hooks.visualization')
     hook.draw = True
     if cfg.default_scope == 'mmdet':
-        hook.test_out_dir = show_dir
+        hook.test_out_dir = path
     else:
-        cfg.visualizer.save_dir = show_dir
+        hook.interval = 1  # MMSegmentation draws every 50th otherwise
+        cfg.visualizer.save_dir = path
 
 
 def augment_tests(cfg: Config) -> None:

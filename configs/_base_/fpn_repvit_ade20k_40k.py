@@ -35,6 +35,7 @@ test_dataloader = val_dataloader
 # Decay applies to every parameter.
 optimizer = dict(_delete_=True, type='AdamW', lr=2e-4, weight_decay=1e-4)
 optim_wrapper = dict(optimizer=optimizer)
+# The scope keeps the scheduler MMEngine's own where this file is a base by its installed name, repvit_mm::...
 # mmcv 1.x divides by the 40000 iterations, PolyLR by end - begin - 1.
-param_scheduler = [dict(type='PolyLR', power=0.9, eta_min=1e-6, begin=0, end=40001, by_epoch=False)]
+param_scheduler = [dict(type='PolyLR', _scope_='mmengine', power=0.9, eta_min=1e-6, begin=0, end=40001, by_epoch=False)]
 auto_scale_lr = dict(enable=False, base_batch_size=32)

@@ -22,8 +22,9 @@ model = dict(
 
 # Decay applies to every parameter, norms and biases too; gradients are not clipped.
 optim_wrapper = dict(optimizer=dict(_delete_=True, type='AdamW', lr=2e-4, weight_decay=0.05))
+# The scope keeps the schedulers MMEngine's own where this file is a base by its installed name, repvit_mm::...
 param_scheduler = [
     # mmcv 1.x divides its 500 warm-up iterations by 500, LinearLR by end - begin - 1.
-    dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=501),
-    dict(type='MultiStepLR', by_epoch=True, begin=0, end=12, milestones=[8, 11], gamma=0.1),
+    dict(type='LinearLR', _scope_='mmengine', start_factor=1e-6, by_epoch=False, begin=0, end=501),
+    dict(type='MultiStepLR', _scope_='mmengine', by_epoch=True, begin=0, end=12, milestones=[8, 11], gamma=0.1),
 ]

@@ -46,12 +46,12 @@ train_dataloader = dict(batch_size=8, num_workers=2, dataset=dict(dataset, pipel
 val_dataloader = dict(num_workers=2, dataset=dict(dataset, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-max_iters = 300
+max_iters = 400
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 default_hooks = dict(checkpoint=dict(interval=max_iters))
 optimizer = dict(lr=1e-3)
 optim_wrapper = dict(optimizer=optimizer)
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
-    dict(type='PolyLR', power=0.9, eta_min=1e-5, begin=0, end=max_iters, by_epoch=False),
+    dict(type='LinearLR', _scope_='mmengine', start_factor=0.01, by_epoch=False, begin=0, end=30),
+    dict(type='PolyLR', _scope_='mmengine', power=0.9, eta_min=1e-5, begin=0, end=max_iters, by_epoch=False),
 ]

@@ -1,0 +1,237 @@
+"""What `pip install` of this project brings, tried on wheels built from a copy of the checkout."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import repvit_mm
+from repvit_mm._versions import FRAMEWORKS
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ('setup.py', 'pyproject.toml', 'README.md', 'model-index.yml', 'configs', 'tools', 'repvit_mm')
+MIM = 'repvit_mm/.mim/'
+
+
+def copy_checkout(destination: Path) -> Path:
+    """Copy what the build needs, without what earlier builds and runs left."""
+    destination.mkdir(parents=True)
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, destination / name, ignore=shutil.ignore_patterns('.mim', '__pycache__'))
+        else:
+            shutil.copy2(ROOT / name, destination)
+    return destination
+
+
+def run(*command: str | Path, cwd: Path, **variables: str) -> str:
+    """Run a command; its output is the failure's message."""
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def build(hook: str, source: Path, destination: Path) -> Path:
+    """Build a distribution with one of the backend's hooks, as pip does without build isolation."""
+    destination.mkdir(exist_ok=True)
+    program = f'import sys; from setuptools import build_meta; build_meta.{hook}(sys.argv[1])'
+    run(sys.executable, '-c', program, destination, cwd=source)
+    (distribution,) = destination.iterdir()
+    return distribution
+
+
+def files_of(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def resources(root: Path) -> dict[str, bytes]:
+    """The files that belong under `.mim`, by their path there."""
+    paths = [root / 'model-index.yml', *(root / 'configs').rglob('*'), *(root / 'tools').rglob('*')]
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in paths
+        if path.is_file() and '__pycache__' not in path.parts and path.name != 'setup_env.py'
+    }
+
+
+@pytest.fixture(scope='module')
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_checkout(tmp_path_factory.mktemp('packaging') / 'checkout')
+
+
+@pytest.fixture(scope='module')
+def wheel(checkout: Path) -> Path:
+    return build('build_wheel', checkout, checkout.parent / 'wheel')
+
+
+@pytest.fixture(scope='module')
+def metadata(wheel: Path):
+    (text,) = (content for name, content in files_of(wheel).items() if name.endswith('.dist-info/METADATA'))
+    return Parser().parsestr(text.decode())
+
+
+def test_wheel_carries_package_configs_tools_and_index(checkout, wheel):
+    files = files_of(wheel)
+    carried = {name.removeprefix(MIM): content for name, content in files.items() if name.startswith(MIM)}
+    assert carried == resources(checkout)
+    assert {'model-index.yml', 'tools/train.py', 'tools/test.py'} <= carried.keys()
+    assert any(name.startswith('configs/det/') for name in carried)
+    modules = {str(path.relative_to(checkout)) for path in (checkout / 'repvit_mm').rglob('*.py')}
+    assert modules == {name for name in files if name.endswith('.py') and not name.startswith(MIM)}
+
+
+def test_shell_launchers_stay_executable(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        modes = {
+            info.filename: info.external_attr >> 16 for info in archive.infolist() if info.filename.endswith('.sh')
+        }
+    assert modes
+    assert all(mode & 0o111 for mode in modes.values()), modes
+
+
+def test_wheel_leaves_no_copies_in_the_source_tree(checkout, wheel):
+    assert not (checkout / MIM).exists()
+
+
+def test_config_that_was_deleted_is_not_in_the_next_wheel(checkout, wheel, tmp_path):
+    source = shutil.copytree(checkout, tmp_path / 'checkout')
+    assert (source / 'build').is_dir(), 'there is no earlier build whose left-overs could be picked up'
+    deleted = next((source / 'configs' / 'det').glob('*.py'))
+    deleted.unlink()
+    files = files_of(build('build_wheel', source, tmp_path / 'wheel'))
+    assert f'{MIM}configs/det/{deleted.name}' not in files
+    assert f'{MIM}model-index.yml' in files
+
+
+def test_wheel_from_the_source_archive_is_the_same(checkout, wheel, tmp_path):
+    archive = build('build_sdist', checkout, tmp_path / 'sdist')
+    with tarfile.open(archive) as opened:
+        opened.extractall(tmp_path, filter='data')
+    source = tmp_path / archive.name.removesuffix('.tar.gz')
+    again = files_of(build('build_wheel', source, tmp_path / 'wheel'))
+    assert again == files_of(wheel)
+
+
+def test_editable_install_links_to_the_sources(tmp_path):
+    source = copy_checkout(tmp_path / 'checkout')
+    # Twice: the links of an earlier install are in the way of nothing.
+    for name in ('first', 'second'):
+        build('build_editable', source, tmp_path / name)
+    assert resources(source / MIM) == resources(source)
+    assert {path.name for path in (source / MIM).iterdir() if path.is_symlink()} == {
+        'configs',
+        'tools',
+        'model-index.yml',
+    }
+
+
+def test_version_is_the_packages(metadata):
+    assert metadata['Name'] == 'repvit_mm'
+    assert metadata['Version'] == repvit_mm.__version__
+
+
+def test_nothing_is_installed_beside_the_package(metadata):
+    """A plain install must not replace the torch or the mm libraries that are there; only extras name any."""
+    requirements = [Requirement(text) for text in metadata.get_all('Requires-Dist')]
+    assert requirements
+    assert [str(r) for r in requirements if r.marker is None or r.marker.evaluate({'extra': ''})] == []
+    assert {r.name for r in requirements}.isdisjoint({'torch', 'torchvision', 'mmcv'})
+
+
+@pytest.mark.parametrize(('extra', 'module'), [('det', 'mmdet'), ('seg', 'mmseg')])
+def test_extras_want_the_versions_that_the_package_accepts(metadata, extra, module):
+    wanted = [Requirement(text) for text in metadata.get_all('Requires-Dist')]
+    wanted = {r.name: r.specifier for r in wanted if r.marker.evaluate({'extra': extra})}
+    for framework in ('mmengine', module):
+        (name, *_), first, beyond = FRAMEWORKS[framework]
+        assert {(s.operator, Version(s.version)) for s in wanted[name]} == {
+            ('>=', Version(first)),
+            ('<', Version(beyond)),
+        }
+
+
+PLAIN = 'plain install'
+EDITABLE = 'editable install'
+
+
+@pytest.fixture(scope='module')
+def installed(wheel: Path) -> Path:
+    """A folder into which the wheel was installed, and nothing else."""
+    folder = wheel.parent.parent / 'installed'
+    run(sys.executable, '-m', 'pip', 'install', '--no-deps', '--target', folder, wheel, cwd=folder.parent)
+    return folder
+
+
+@pytest.fixture(params=[PLAIN, EDITABLE])
+def elsewhere(request: pytest.FixtureRequest, tmp_path: Path):
+    """Runs a program in a folder of its own, with the package installed in one way or the other."""
+    if request.param == PLAIN:
+        home = request.getfixturevalue('installed')
+        variables = {'PYTHONPATH': str(home)}
+    else:
+        home = ROOT
+        variables = {'PYTHONPATH': ''}
+
+    def run_program(program: str) -> str:
+        output = run(sys.executable, '-c', program + '\nprint(repvit_mm.__file__)', cwd=tmp_path, **variables)
+        # Else the checkout would be tried in place of the install, or the other way round.
+        assert output.splitlines()[-1] == str(home / 'repvit_mm' / '__init__.py')
+        return output
+
+    return run_program
+
+
+@pytest.mark.slow
+def test_custom_imports_find_the_backbone_from_any_folder(elsewhere, tmp_path):
+    (tmp_path / 'mine.py').write_text(
+        "custom_imports = dict(imports=['repvit_mm'])\nmodel = dict(type='RepViT', arch='m0_6')\n"
+    )
+    output = elsewhere(
+        'import sys\n'
+        'from mmengine.config import Config\n'
+        'from mmengine.registry import MODELS\n'
+        'assert "repvit_mm" not in sys.modules\n'
+        'model = MODELS.build(Config.fromfile("mine.py").model)\n'
+        'import repvit_mm\n'
+        'assert type(model) is repvit_mm.RepViT\n'
+        'print("channels", *model.out_channels)'
+    )
+    assert 'channels 40 80 160 320' in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', ['det', 'seg'])
+def test_configs_can_be_built_upon_from_any_folder(elsewhere, tmp_path, task):
+    """`_base_ = 'repvit_mm::...'` gives a Runner the very config that the file gives.
+
+    MMEngine marks typed dictionaries of a package's base with that package's scope unless they name their own, and in
+    the scope `repvit_mm` nothing is registered.
+    """
+    paths = sorted((ROOT / 'configs' / task).glob('*.py'))
+    assert paths
+    for path in paths:
+        (tmp_path / path.name).write_text(f"_base_ = 'repvit_mm::{task}/{path.name}'\n")
+    output = elsewhere(
+        'import inspect\n'
+        'from pathlib import Path\n'
+        'import repvit_mm\n'
+        'from mmengine.config import Config\n'
+        'from mmengine.runner import Runner\n'
+        f'for path in Path("{ROOT}/configs/{task}").glob("*.py"):\n'
+        '    mine, theirs = (Config.fromfile(file).to_dict() for file in (path.name, path))\n'
+        '    for key in theirs.keys() & inspect.signature(Runner).parameters:\n'
+        '        assert mine[key] == theirs[key], (path.name, key, mine[key])\n'
+        '    print("same")'
+    )
+    assert output.split().count('same') == len(paths)
