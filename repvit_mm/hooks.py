@@ -70,8 +70,10 @@ class FuseOnDeployHook(Hook):
             switch_to_deploy(model)
             after = [backbone(image) for backbone, image in zip(backbones, images, strict=True)]
         pairs = [(a.float(), b.float()) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True)]
-        largest = max((a - b).abs().max().item() for a, b in pairs)
-        relative = max(((a - b).abs().max() / a.abs().max().clamp_min(1e-12)).item() for a, b in pairs)
+        # Tensors' max, unlike Python's, does not lose a NaN.
+        differences = torch.stack([(a - b).abs().max() for a, b in pairs])
+        sizes = torch.stack([a.abs().max() for a, _ in pairs]).clamp_min(1e-12)
+        largest, relative = differences.max().item(), (differences / sizes).max().item()
         print_log(
             f'FuseOnDeployHook: fused {count} blocks; on a random input the largest output difference is '
             f'{largest:.2e}, {relative:.2e} of the largest output',

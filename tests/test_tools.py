@@ -170,12 +170,11 @@ def test_tta_of_segmentor_and_box_detector(folder, trained):
 @pytest.mark.slow
 def test_distributed_launchers(folder):
     """Two processes over gloo; the metrics of the distributed test are those of the plain one."""
-    gloo = ['env_cfg.dist_cfg.backend=gloo', *SHORT[DETECTION]]
     path = {'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}', 'OMP_NUM_THREADS': '1'}
     train = run(
         folder,
         [TOOLS / 'dist_train.sh'],
-        DETECTION, 2, '--work-dir', 'distributed', '--cfg-options', *gloo,
+        DETECTION, 2, '--work-dir', 'distributed', '--cfg-options', *SHORT[DETECTION],
         **path, PORT='29511',
     )  # fmt: skip
     assert train.returncode == 0, train.stderr[-3000:]
@@ -184,7 +183,7 @@ def test_distributed_launchers(folder):
     test = run(
         folder,
         [TOOLS / 'dist_test.sh'],
-        DETECTION, checkpoint, 2, '--fuse', '--work-dir', 'distributed_test', '--cfg-options', *gloo,
+        DETECTION, checkpoint, 2, '--fuse', '--work-dir', 'distributed_test', '--cfg-options', *SHORT[DETECTION],
         **path, PORT='29512',
     )  # fmt: skip
     assert test.returncode == 0, test.stderr[-3000:]

@@ -18,6 +18,7 @@ warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
 
 import torch  # noqa: E402
 from mmengine.config import Config, ConfigDict, DictAction  # noqa: E402
+from mmengine.device import get_device  # noqa: E402
 from mmengine.registry import RUNNERS  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
@@ -88,6 +89,10 @@ def build_runner(cfg: Config, *loops: str) -> Runner:
         cfg: The config.
         loops: ``'train_loop'``, ``'val_loop'`` or ``'test_loop'``: those that will run, with their data sets.
     """
+    if cfg.launcher == 'pytorch' and get_device() == 'cpu':
+        # MMEngine wants a GPU for each process; it takes a group that is there already as it is.
+        torch.distributed.init_process_group('gloo')
+        cfg.setdefault('model_wrapper_cfg', dict(type='MMDistributedDataParallel'))
     try:
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         for loop in loops:
