@@ -92,7 +92,7 @@ def build_runner(cfg: Config, *loops: str) -> Runner:
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
         # MMEngine wants a GPU for each process; it takes a group that is there already as it is.
         torch.distributed.init_process_group('gloo')
-        cfg.setdefault('model_wrapper_cfg', dict(type='MMDistributedDataParallel'))
+        cfg.setdefault('model_wrapper_cfg', dict(type='MMDistributedDataParallel', device_ids=None))
     try:
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         for loop in loops:
