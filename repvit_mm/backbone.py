@@ -6,6 +6,8 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoint import translate, unwrap
+from .checkpoint import CheckpointError, Source, describe_misfit, find_backbone, is_fused, without_counters
+from .names import WHOSE, origin_of, translate
 from .reparam import reparam_blocks, switch_to_deploy
 
 NUM_STAGES = 4
@@ -115,6 +118,7 @@ class ReparamBackbone(BaseModule, ABC):
         self.spec = self._resolve_spec(arch)
         self.out_indices = check_out_indices(out_indices)
         check_choice('tap', tap, list(self.taps))
+        self.tap = tap
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate={drop_path_rate}: expected a rate from 0 to below 1')
         if frozen_stages not in range(-1, NUM_STAGES + 1):
@@ -127,8 +131,12 @@ class ReparamBackbone(BaseModule, ABC):
         self.with_cp = with_cp
 
         self.stem = self._make_stem()
-        drop_path_rates = torch.linspace(0, drop_path_rate, sum(self._stage_lengths())).split(self._stage_lengths())
-        stages = [self._make_stage(index, drop_path_rates[index].tolist()) for index in range(self.out_indices[-1] + 1)]
+        last = max(sum(self._stage_lengths()) - 1, 1)
+        rates = iter([drop_path_rate * position / last for position in range(sum(self._stage_lengths()))])
+        stages = [
+            self._make_stage(index, list(islice(rates, length)))
+            for index, length in enumerate(self._stage_lengths()[: self.out_indices[-1] + 1])
+        ]
         # The last stage has no downsample behind it, so its map is its end under every tap.
         offsets = [self.taps[tap]] * (NUM_STAGES - 1) + [0]
         self._tapped = {(i, len(stages[i]) - 1 - offsets[i]) for i in self.out_indices}
@@ -230,30 +238,112 @@ class ReparamBackbone(BaseModule, ABC):
                     module.eval()
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Take the released tensor names as well as our own; set aside what this network does not build."""
-        if not prefix:
-            unwrap(state_dict)
-        names = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
-        ours = translate(names)
-        aside: dict[str, int] = {}
-        for name in names:
-            tensor = state_dict.pop(prefix + name)
-            reason = 'classification head' if ours[name] is None else self._not_built(ours[name])
-            if reason:
-                aside[reason] = aside.get(reason, 0) + 1
-            else:
-                state_dict[prefix + ours[name]] = tensor
-        for reason, count in aside.items():
-            print_log(f'{type(self).__name__}: {count} tensors set aside ({reason})', 'current', logging.INFO)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take every form in which a released backbone's tensors come; refuse, strict or not, what does not fit."""
+        given = {
+            name.removeprefix(prefix): state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)
+        }
+        tensors, others = (given, 0) if prefix else find_backbone(given)
+        for name, tensor in self._fit(tensors, others).items():
+            state_dict[prefix + name] = tensor
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _not_built(self, name: str) -> str | None:
-        """Why this network has no place for a tensor that a full network of its spec has, or ``None``."""
+    def _fit(self, tensors: Mapping[str, Tensor], others: int) -> dict[str, Tensor]:
+        """This network's tensors, by our names, out of a backbone's by any names; the log gets one line on them.
+
+        Args:
+            tensors: All tensors of one backbone.
+            others: How many more the file holds.
+
+        Raises:
+            CheckpointError: if a tensor of this network is missing or of another shape, or if one is unexplained.
+        """
+        source = next((tensor.source for tensor in tensors.values() if hasattr(tensor, 'source')), Source())
+        names = translate(tensors)
+        whole = {ours: tensors[name] for name, ours in names.items() if ours is not None}
+        fused = is_fused(whole)
+        if self.deployed and not fused:
+            twin = type(self)(asdict(self.spec), self.out_indices, self.tap)
+            twin.load_state_dict(whole)
+            print_log(f'{source.file}: fused while loading', 'current', logging.INFO)
+            return switch_to_deploy(twin).state_dict()
+
+        fitted = {name: tensor for name, tensor in whole.items() if not self._is_behind_last_tap(name)}
+        aside = {
+            'classification head': len(names) - len(whole),
+            f'behind the last tap of out_indices={self.out_indices}': len(whole) - len(fitted),
+            'other parts of a model': others,
+        }
+        own = self.state_dict()
+        for name, tensor in own.items():
+            if name.endswith('num_batches_tracked'):  # absent from old files, and nothing depends on it
+                fitted.setdefault(name, torch.zeros_like(tensor))
+        missing = [name for name in own if name not in fitted]
+        unexplained = [name for name in fitted if name not in own]
+        reshaped = [name for name in own if name in fitted and fitted[name].shape != own[name].shape]
+        form = 'fused' if fused else 'training'
+        if missing or unexplained or reshaped:
+            reason = self._advice(whole) or describe_misfit(missing, unexplained, reshaped)
+            raise CheckpointError(f'{source.file} does not fit {self._title()}: {reason}')
+        print_log(
+            f'{source.file}: {self._title()}, {form} form, {WHOSE[origin_of(tensors)]} names: '
+            f'{len(own)}/{len(own)} backbone tensors loaded'
+            + ''.join(f'; {count} set aside ({what})' for what, count in aside.items() if count),
+            'current',
+            logging.INFO,
+        )
+        if source.tap not in (None, self.tap):
+            print_log(
+                f'{source.file} was trained with tap={source.tap!r}, this network has tap={self.tap!r}: '
+                'its figures hold only with its own tap',
+                'current',
+                logging.WARNING,
+            )
+        return fitted
+
+    def _title(self) -> str:
+        """Class and variant, as in 'RepViT m1_1'."""
+        names = [name for name, spec in self.specs.items() if spec == self.spec]
+        return f'{type(self).__name__} {names[0] if names else "of a spec of its own"}'
+
+    def _advice(self, whole: Mapping[str, Tensor]) -> str | None:
+        """What to do about tensors that are those of another variant, or of this one in its other form."""
+        if not whole:
+            return 'it holds no tensor for it; weights of the backbone alone go into its init_cfg, not into load_from'
+        if origin_of(whole) is None:
+            return f'it holds another network (its first tensor is {next(iter(whole))})'
+        found = self.recognize(whole)
+        if found is None:
+            return None
+        archs, _ = found
+        if self.spec in [self.specs[arch] for arch in archs]:
+            return 'it is fused and this network is for training: build it with deploy=True or take an unfused file'
+        return f'it holds {type(self).__name__} {archs[0]}: set arch={archs[0]!r} or take another file'
+
+    @classmethod
+    def recognize(cls, tensors: Mapping[str, Tensor]) -> tuple[list[str], bool] | None:
+        """Which variants have exactly these tensors, by our names and their shapes.
+
+        Returns:
+            The variants, several where fusing makes them equal, and whether the tensors are of the fused form; or
+            ``None``.
+        """
+        shapes = without_counters(tensors)
+        fused = is_fused(shapes)
+        archs = []
+        for arch in cls.specs:
+            with torch.device('meta'):
+                network = cls(arch)
+            if fused:
+                switch_to_deploy(network)
+            if without_counters(network.state_dict()) == shapes:
+                archs.append(arch)
+        return (archs, fused) if archs else None
+
+    def _is_behind_last_tap(self, name: str) -> bool:
+        """Whether a full network of this spec has a tensor of that name in a block that this network does not build."""
         head, *indices = name.split('.')[:3]
         if head != 'stages' or len(indices) < 2 or not all(index.isdecimal() for index in indices):
-            return None
+            return False
         i, j = map(int, indices)
-        if i < NUM_STAGES and j < self._stage_lengths()[i] and (i, j) > max(self._tapped):
-            return f'behind the last tap of out_indices={self.out_indices}'
-        return None
+        return i < NUM_STAGES and j < self._stage_lengths()[i] and (i, j) > max(self._tapped)

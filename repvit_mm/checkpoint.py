@@ -1,47 +1,52 @@
-"""Checkpoints: reading them safely, and the tensor names of the authors and of timm in our own terms."""
+"""Checkpoints: reading them without running anything in them, and the verdict whether they fit a network."""
 
-import os
+import argparse
+import difflib
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from itertools import pairwise
-from typing import Any, NamedTuple
+import socket
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import mmengine.runner.checkpoint
 import numpy as np
 import torch
+from mmengine.dist import barrier, get_rank
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
+from torch import Tensor
 
-
-class Names(NamedTuple):
-    """One module's name in our tree, in the authors' and in timm's."""
-
-    ours: str
-    authors: str
-    timm: str
-
-
-STEM = (Names('stem.conv1', 'features.0.0', 'stem.conv1'), Names('stem.conv2', 'features.0.2', 'stem.conv2'))
-BLOCK = (
-    Names('token_mixer', 'token_mixer.0', 'token_mixer'),
-    Names('token_mixer.conv3x3', 'token_mixer.0.conv', 'token_mixer.conv'),
-    Names('token_mixer.conv1x1', 'token_mixer.0.conv1', 'token_mixer.conv1'),
-    Names('se', 'token_mixer.1', 'se'),
-    Names('channel_mixer.expand', 'channel_mixer.m.0', 'channel_mixer.conv1'),
-    Names('channel_mixer.project', 'channel_mixer.m.2', 'channel_mixer.conv2'),
-)
-DOWNSAMPLE = (
-    Names('spatial', 'token_mixer.0', 'spatial_downsample'),
-    Names('channel', 'token_mixer.2', 'channel_downsample'),
-    Names('channel_mixer.expand', 'channel_mixer.m.0', 'ffn.conv1'),
-    Names('channel_mixer.project', 'channel_mixer.m.2', 'ffn.conv2'),
-)
-HEADS = ('classifier.', 'head.')
-"""First part of the names of classification heads, the authors' and timm's."""
-
+from .names import backbone_prefix
 
 STATISTICS = ('min', 'max', 'current', 'mean')
 """The methods of a ``HistoryBuffer`` that MMEngine's checkpoints refer to."""
+
+CONTAINERS = ('state_dict', 'model', 'state_dict_ema', 'model_ema', 'ema_state_dict')
+"""Keys under which checkpoints keep their tensors, the preferred one first."""
+
+
+TRUSTED: set[str] = set()
+"""Files that may run code as they are read, because somebody said so on purpose."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read or does not fit; the message is one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor was read from.
+
+    Args:
+        file: Path of the file.
+        tap: The tap that its network was trained with, if the file tells.
+    """
+
+    file: str = 'the state dict'
+    tap: str | None = None
 
 
 def history_getattr(owner: type, name: str) -> Callable:
@@ -54,10 +59,10 @@ def history_getattr(owner: type, name: str) -> Callable:
     return getattr(HistoryBuffer, name)
 
 
-def harmless_globals() -> list:
-    """What the training metadata in MMEngine's checkpoints is made of, beyond what torch itself allows."""
-    reconstruct, _ = np.zeros(1).__reduce__()[:2]
-    scalar, _ = np.float64(0).__reduce__()[:2]
+def harmless_globals() -> list[Any]:
+    """What training metadata in checkpoints is made of, beyond what torch itself allows."""
+    reconstruct = np.zeros(1).__reduce__()[0]
+    scalar = np.float64(0).__reduce__()[0]
     dtypes = {type(np.dtype(code)) for code in np.typecodes['All'] if code != 'O'}
     # Files written next to NumPy 1 and 2 name the same functions differently.
     functions = [
@@ -65,98 +70,193 @@ def harmless_globals() -> list:
         for function in (reconstruct, scalar)
         for core in ('core', '_core')
     ]
-    # An empty array is written with a call of bytes.
-    return [bytes, HistoryBuffer, (history_getattr, 'builtins.getattr'), np.ndarray, np.dtype, *dtypes, *functions]
+    # An empty array is written with a call of bytes; the authors keep their command line, a Namespace.
+    plain = [bytes, argparse.Namespace, HistoryBuffer, np.ndarray, np.dtype, *dtypes]
+    return [*plain, (history_getattr, 'builtins.getattr'), *functions]
 
 
-@CheckpointLoader.register_scheme(prefixes='', force=True)
-def read_checkpoint(filename: str, map_location: Any = None) -> Any:
-    """Read a checkpoint file without running anything in it; in place of MMEngine's own reader of local files.
+def read_checkpoint(filename: str | Path, map_location: Any = None) -> Any:
+    """Read a ``.pth`` or ``.safetensors`` file without running anything in it, unless :data:`TRUSTED` names it.
+
+    Each tensor of it remembers the file, so that what is said of it later can name it.
 
     Args:
         filename: Path of the file.
         map_location: As in ``torch.load``.
 
+    Returns:
+        What the file holds.
+
     Raises:
-        FileNotFoundError: if there is no such file.
-        pickle.UnpicklingError: if it holds anything but tensors, plain containers and MMEngine's training metadata.
+        CheckpointError: if there is no such file, if it is no checkpoint or a damaged one, or if it holds anything
+            but tensors, plain containers and harmless metadata.
     """
-    filename = os.path.expanduser(filename)
-    if not os.path.isfile(filename):
-        raise FileNotFoundError(f'checkpoint {filename} not found')
-    with torch.serialization.safe_globals(harmless_globals()):
-        return torch.load(filename, map_location=map_location, weights_only=True)
+    path = Path(filename).expanduser()
+    check_file(path)
+    if path.suffix == '.safetensors':
+        checkpoint = read_safetensors(path, map_location)
+    else:
+        checkpoint = read_pickle(path, map_location)
+    remember_source(checkpoint, path)
+    return checkpoint
 
 
-def unwrap(checkpoint: MutableMapping[str, Any]) -> None:
-    """Replace, in place, a checkpoint that keeps its tensors under ``state_dict`` or ``model`` by these tensors."""
-    for key in ('state_dict', 'model'):
-        tensors = checkpoint.get(key)
-        if isinstance(tensors, Mapping):
-            checkpoint.clear()
-            checkpoint.update(tensors)
+def check_file(path: Path) -> None:
+    """Raise a :class:`CheckpointError` unless ``path`` is a file that may be a checkpoint."""
+    if path.is_dir():
+        raise CheckpointError(f'checkpoint {path} is a folder: name the file in it')
+    if not path.exists():
+        names = [str(other) for suffix in ('pth', 'pt', 'safetensors') for other in path.parent.glob(f'*.{suffix}')]
+        nearest = difflib.get_close_matches(str(path), names, n=1)
+        raise CheckpointError(f'checkpoint {path} not found' + (f'; the nearest is {nearest[0]}' if nearest else ''))
+    with path.open('rb') as file:
+        start = file.read(64).lstrip().lower()
+    if not start:
+        raise CheckpointError(f'checkpoint {path} is empty: fetch it again')
+    if start.startswith((b'<!doctype', b'<html', b'<?xml')):
+        raise CheckpointError(
+            f'checkpoint {path} is a web page, not a checkpoint: fetch the file that the page links to'
+        )
 
 
-def stage_lengths(names: Iterable[str]) -> list[int]:
-    """The number of blocks of each stage, stride-2 ones counted in, that foreign RepViT tensor names speak of."""
-    last, downsamples, timm = 0, set(), {}
-    for name in names:
-        if match := re.match(r'features\.(\d+)\.(token_mixer\.2\.)?', name):
-            last = max(last, int(match[1]))
-            if match[2]:
-                downsamples.add(int(match[1]))
-        elif match := re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', name):
-            timm[int(match[1])] = max(timm.get(int(match[1]), 0), int(match[2]) + 1)
-    if timm:
-        # timm counts the last block of stages 0 to 2 as a part of the downsample that follows.
-        return [timm[stage] + (stage > 0) + (stage < max(timm)) for stage in sorted(timm)]
-    borders = [1, *sorted(downsamples), last + 1]
-    return [end - start for start, end in pairwise(borders)]
+def read_safetensors(path: Path, map_location: Any) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise CheckpointError(f'checkpoint {path} needs the package safetensors: pip install safetensors') from None
+    device = map_location if isinstance(map_location, str | torch.device) else 'cpu'
+    try:
+        return load_file(path, device=str(device))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f'checkpoint {path} is damaged or no safetensors file ({one_line(error)})') from None
 
 
-def module_names(lengths: Iterable[int]) -> list[Names]:
-    """The names of every module that holds tensors in a RepViT with so many blocks a stage."""
-    lengths = list(lengths)
-    table = list(STEM)
-    flat = 0
-    for stage, length in enumerate(lengths):
-        for position in range(length):
-            flat += 1
-            downsample = stage > 0 and position == 0
-            if downsample:
-                timm = f'stages.{stage}.downsample'
-            elif position == length - 1 and stage < len(lengths) - 1:
-                timm = f'stages.{stage + 1}.downsample.pre_block'
-            else:
-                timm = f'stages.{stage}.blocks.{position - (stage > 0)}'
-            prefix = Names(f'stages.{stage}.{position}', f'features.{flat}', timm)
-            for names in DOWNSAMPLE if downsample else BLOCK:
-                table.append(Names(*(f'{p}.{name}' for p, name in zip(prefix, names, strict=True))))
-    return table
+def read_pickle(path: Path, map_location: Any) -> Any:
+    """What a file of ``torch.save`` holds."""
+    try:
+        with torch.serialization.safe_globals(harmless_globals()):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if str(path) in TRUSTED:
+            return torch.load(path, map_location=map_location, weights_only=False)
+        if match := re.search(r'GLOBAL (\S+)|may not look up (.*)', str(error)):
+            what = match[1] or f'getattr of {match[2]}'
+            raise CheckpointError(
+                f'checkpoint {path} refers to {what}, which may run code as it is read: '
+                'if you trust whoever made it, say so with --trust-checkpoint'
+            ) from None
+        raise CheckpointError(f'checkpoint {path} is damaged or no checkpoint ({one_line(error)})') from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f'checkpoint {path} is damaged or no checkpoint ({one_line(error)})') from None
 
 
-def translate(names: Iterable[str]) -> dict[str, str | None]:
-    """Our name of each tensor of a RepViT, by the authors' names, timm's or our own; by name alone.
+def one_line(error: Exception) -> str:
+    """The beginning of an exception's message on one line."""
+    return ' '.join(str(error).split())[:120] or type(error).__name__
 
-    Args:
-        names: All tensor names of one backbone.
+
+def tensors_of(checkpoint: Any) -> Mapping[str, Tensor]:
+    """The tensors of a checkpoint by name: its own, or those that it keeps under one of ``CONTAINERS``."""
+    if isinstance(checkpoint, Mapping):
+        for key in CONTAINERS:
+            if isinstance(checkpoint.get(key), Mapping):
+                return tensors_of(checkpoint[key])
+        return {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
+    return {}
+
+
+def find_backbone(checkpoint: Any) -> tuple[dict[str, Tensor], int]:
+    """The RepViT in a whole file: bare, in a container, in a detector, wrapped for running in parallel.
 
     Returns:
-        The given names with ours; a classification head's tensor with ``None``; an unknown name with itself.
+        The backbone's tensors, and the number of the others.
     """
-    names = list(names)
-    table = module_names(stage_lengths(names))
-    ours = {theirs: row.ours for row in table for theirs in (row.authors, row.timm)}
-    translated: dict[str, str | None] = {}
-    for name in names:
-        # A tensor of a ConvBN is named <module>.conv.weight here and <module>.c.weight elsewhere.
-        module, _, leaf = re.sub(r'\.c\.weight$', '.conv.weight', name).rpartition('.')
-        inner = ''
-        while module and module not in ours:
-            module, _, part = module.rpartition('.')
-            inner = f'.{part}{inner}'
-        if name.startswith(HEADS):
-            translated[name] = None
-        else:
-            translated[name] = f'{ours[module]}{inner}.{leaf}' if module else name
-    return translated
+    tensors = tensors_of(checkpoint)
+    prefix = backbone_prefix(tensors) or ''
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return found, len(tensors) - len(found)
+
+
+def is_fused(names: Iterable[str]) -> bool:
+    """Whether a backbone's tensor names are those of its fused form, which has no BatchNorm."""
+    return not any(name.endswith('.running_mean') for name in names)
+
+
+def without_counters(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """The tensors' shapes by name, but for BatchNorm's batch counters, which old files lack and nothing needs."""
+    return {name: tensor.shape for name, tensor in tensors.items() if not name.endswith('num_batches_tracked')}
+
+
+def describe_misfit(missing: list[str], unexplained: list[str], reshaped: list[str]) -> str:
+    """What is wrong with tensors that fit no variant: each kind's number and first name."""
+    kinds = {'missing': missing, 'unexplained': unexplained, 'of another shape': reshaped}
+    return 'tensors ' + ', '.join(f'{kind}: {len(names)} ({names[0]})' for kind, names in kinds.items() if names)
+
+
+def trained_tap(checkpoint: Any) -> str | None:
+    """The tap that a detector's or segmentor's checkpoint was trained with, if it tells."""
+    meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
+    config = meta.get('cfg') if isinstance(meta, Mapping) else None
+    if isinstance(config, str) and "type='RepViT'" in config:
+        match = re.search(r"\btap='(\w+)'", config)
+        return match[1] if match else 'stage_end'
+    names = tensors_of(checkpoint)
+    if any(name.startswith('backbone.features.') for name in names):
+        # The authors' detectors, and their segmentors, of the MMDetection 2.x era.
+        return 'pre_downsample' if any(name.startswith('rpn_head.') for name in names) else 'stage_end'
+    return None
+
+
+def remember_source(checkpoint: Any, path: Path) -> None:
+    """Let each tensor know the file that it comes from, as its attribute ``source``."""
+    source = Source(str(path), trained_tap(checkpoint))
+    for tensor in tensors_of(checkpoint).values():
+        tensor.source = source
+
+
+def cached(address: str, folder: str | None = None) -> Path:
+    """Where a file that is fetched from an address lies: torch's own cache of checkpoints unless told otherwise."""
+    return Path(folder or Path(torch.hub.get_dir(), 'checkpoints'), address.rpartition('/')[2].partition('?')[0])
+
+
+def download(address: str, folder: str | None = None) -> Path:
+    """Fetch a file into the cache, with a progress bar, unless it is there; it appears only when it is whole.
+
+    Raises:
+        CheckpointError: if it cannot be fetched.
+    """
+    path = cached(address, folder)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        patience = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)  # seconds; urllib would wait for ever
+        try:
+            torch.hub.download_url_to_file(address, str(path))
+        except (OSError, ValueError) as error:  # urllib's errors among them
+            raise CheckpointError(
+                f'checkpoint {address} cannot be downloaded ({one_line(error)}) and is not at {path}'
+            ) from None
+        finally:
+            socket.setdefaulttimeout(patience)
+    return path
+
+
+@CheckpointLoader.register_scheme(prefixes='', force=True)
+def load_from_local(filename: str, map_location: Any = None) -> Any:
+    """MMEngine's reader of local files, replaced by one that runs nothing."""
+    return read_checkpoint(filename, map_location)
+
+
+@CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), force=True)
+def load_from_http(filename: str, map_location: Any = None, model_dir: str | None = None, **_: Any) -> Any:
+    """MMEngine's reader of addresses, replaced likewise; the first process of a job downloads for all."""
+    if get_rank() == 0:
+        download(filename, model_dir)
+    barrier()
+    return read_checkpoint(cached(filename, model_dir), map_location)
+
+
+# Its readers of torchvision://, mmcls:// and the like call this one.
+mmengine.runner.checkpoint.load_from_http = load_from_http

@@ -5,7 +5,6 @@ import logging
 import torch
 from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
@@ -47,8 +46,7 @@ class FuseOnDeployHook(Hook):
         if not (runner._train_loop is None or isinstance(runner._train_loop, dict)):
             print_log('FuseOnDeployHook: this run trains, the model is not fused', 'current', logging.INFO)
             return
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        self._fuse(model)
+        self._fuse(runner.model)
         for hook in runner.hooks:
             if isinstance(hook, EMAHook):
                 switch_to_deploy(hook.ema_model)

@@ -128,9 +128,10 @@ class ReparamBlock(nn.Module, ABC):
         # A SyncBatchNorm's process group cannot be copied; the copy shares it.
         process_groups = [getattr(module, 'process_group', None) for module in self.modules()]
         twin = copy.deepcopy(self, {id(group): group for group in process_groups if group is not None})
-        weight, bias = twin.to('cpu', torch.float64).equivalent_kernel()
-        out_channels, in_channels_per_group, *size = weight.shape
         like = next(self.parameters())
+        device = 'cpu' if like.device.type == 'mps' else like.device  # which has no float64
+        weight, bias = twin.to(device, torch.float64).equivalent_kernel()
+        out_channels, in_channels_per_group, *size = weight.shape
         conv = nn.Conv2d(
             in_channels_per_group * self.groups,
             out_channels,

@@ -81,9 +81,9 @@ class AtomicLocalBackend(LocalBackend):
 class ResumableCheckpointHook(CheckpointHook):
     """MMEngine's hook, safe against being killed at any moment; all options are as there.
 
-    On the local disk (without the deprecated ``file_client_args``) checkpoints are written beside, flushed and renamed.
-    ``last_checkpoint`` follows the checkpoint in the same way, and only then are outdated files removed. What a killed
-    run left unfinished is removed as the next one in the folder begins.
+    On the local disk (unless through the deprecated ``file_client_args``) checkpoints are written beside, flushed and
+    renamed. ``last_checkpoint`` follows the checkpoint in the same way, and only then are outdated files removed. What
+    a killed run left unfinished is removed as the next one in the folder begins.
 
     The states of the random number generators ride in a checkpoint's ``random_state``, a list with an item for each
     process. Validation leaves the generators as it found them: a resumed run does not repeat the validation that

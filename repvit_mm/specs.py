@@ -8,7 +8,7 @@ class RepViTSpec:
     """Widths and depths of a RepViT.
 
     Args:
-        channels: Channels of the four stages, even.
+        channels: Channels of the four stages, the first even.
         depths: Stride-1 blocks of the four stages; a stride-2 block precedes those of stages 1 to 3.
         norm_after_sum: Whether the token mixer's three branches are normalized together after their sum (CVPR 2024)
             or the convolutions among them one by one before it (arXiv v1).

@@ -1,93 +1,23 @@
-"""Other people's checkpoints: tensor names translated one to one, files read by the framework's own machinery."""
+"""Checkpoints of anybody: read without running anything, loaded whole or refused in one line."""
 
+import argparse
 import os
 import pickle
-import re
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDENS, HEADS, Golden
+from helpers import GOLDENS
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, load_checkpoint
+from safetensors.torch import save_file
 from torch import nn
 
-from repvit_mm import switch_to_deploy
-from repvit_mm.checkpoint import STATISTICS, read_checkpoint, translate, unwrap
-
-golden_names = pytest.mark.parametrize('golden', GOLDENS, ids=lambda golden: golden.name)
-
-
-def our_shapes(golden: Golden, deploy: bool = False) -> dict[str, tuple[int, ...]]:
-    network = golden.backbone(golden.arch, deploy=deploy)
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-
-
-def fuse_names(names: list[str]) -> list[str]:
-    """The tensors that a reference network is left with once its owners' code has fused it."""
-    fused = {}
-    for name in names:
-        # A convolution and its norm become one; so do all branches of a re-parameterizable depthwise block.
-        name = re.sub(r'(\.c)?\.weight$|\.bn\.weight$', '.weight', name)
-        name = re.sub(r'(\.bn)?\.(bias|running_mean|running_var|num_batches_tracked)$', '.bias', name)
-        name = re.sub(r'(token_mixer(\.0)?)\.conv1?\.(weight|bias)$', r'\1.\3', name)
-        fused[name] = None
-    return list(fused)
-
-
-@golden_names
-def test_names_map_one_to_one_onto_ours_with_the_same_shapes(golden):
-    ours = translate(golden.shapes)
-    assert list(ours) == list(golden.shapes)
-    heads = {name for name in golden.shapes if name.startswith(HEADS)}
-    assert heads and {name for name, mine in ours.items() if mine is None} == heads
-    mapped = [(ours[name], shape) for name, shape in golden.shapes.items() if name not in heads]
-    assert len(dict(mapped)) == len(mapped), 'no two tensors share a name'
-    assert dict(mapped) == our_shapes(golden)
-
-
-@golden_names
-def test_fused_names_map_one_to_one_onto_those_of_a_fused_network(golden):
-    names = fuse_names([name for name in golden.shapes if not name.startswith(HEADS)])
-    assert not any('.bn.' in name or '.c.' in name for name in names)
-    ours = translate(names)
-    assert sorted(ours.values()) == sorted(our_shapes(golden, deploy=True))
-
-
-@golden_names
-@pytest.mark.parametrize('deploy', [False, True], ids=['unfused', 'fused'])
-def test_our_names_stay_ours(golden, deploy):
-    names = list(our_shapes(golden, deploy))
-    assert translate(names) == dict(zip(names, names, strict=True))
-
-
-@pytest.mark.parametrize('golden', [GOLDENS[0], GOLDENS[-1]], ids=lambda golden: golden.name)
-def test_names_of_truncated_networks_map_alike(golden):
-    """A checkpoint that ends with some stage still says where its stages begin."""
-    whole = translate(golden.shapes)
-    for stages in (1, 2, 3):
-        part = [name for name, ours in whole.items() if ours and not re.match(rf'stages\.[{stages}-3]\.', ours)]
-        # The last block of a stage is a part of the downsample behind it under timm's names: cut in front of it.
-        part = [name for name in part if not name.startswith(f'stages.{stages}.downsample')]
-        assert 0 < len(part) < len(whole)
-        assert translate(part) == {name: whole[name] for name in part}
-
-
-@golden_names
-def test_unknown_names_are_left_alone(golden):
-    unknown = ['neck.conv.weight', 'backbone.stem.conv1.c.weight', 'features', 'features.x.weight', 'weight', '']
-    translated = translate([*golden.shapes, *unknown])
-    assert {name: translated[name] for name in unknown} == dict(zip(unknown, unknown, strict=True))
-
-
-@pytest.mark.parametrize('key', ['state_dict', 'model'])
-def test_unwrap_replaces_a_checkpoint_by_its_tensors(key):
-    tensors = {'a': torch.zeros(1), 'b': torch.ones(1)}
-    checkpoint = {key: tensors, 'epoch': 3, 'optimizer': {'state': {}}}
-    unwrap(checkpoint)
-    assert checkpoint == tensors
-    unwrap(checkpoint)
-    assert checkpoint == tensors
+from repvit_mm import RepViT, switch_to_deploy
+from repvit_mm.checkpoint import STATISTICS, TRUSTED, CheckpointError, download, read_checkpoint
+from repvit_mm.names import translate
 
 
 class Detector(nn.Module):
@@ -123,7 +53,7 @@ def check(network: nn.Module, expected: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in actual.items())
 
 
-@pytest.mark.parametrize('key', [None, 'model', 'state_dict'])
+@pytest.mark.parametrize('key', [None, 'model', 'state_dict', 'model_ema'])
 def test_classifier_file_loads(tmp_path, weights, expected, key):
     """The authors' classification files keep their tensors under ``model``."""
     file = str(tmp_path / 'classifier.pth')
@@ -147,9 +77,10 @@ def test_detector_file_loads(tmp_path, weights, expected):
     load_checkpoint(detector, file, strict=True)
     check(detector.backbone, expected)
     check(detector.neck, neck)
-    network = build(init_cfg=dict(type='Pretrained', prefix='backbone.', checkpoint=file))
-    network.init_weights()
-    check(network, expected)
+    for options in ({'prefix': 'backbone.'}, {}):
+        network = build(init_cfg=dict(type='Pretrained', checkpoint=file, **options))
+        network.init_weights()
+        check(network, expected)
     wrapped = nn.DataParallel(Detector(build()))
     wrapped.load_state_dict({f'module.{name}': tensor for name, tensor in whole.items()}, strict=True)
     check(wrapped.module.backbone, expected)
@@ -170,14 +101,106 @@ def test_loading_leaves_the_given_state_dict_alone(weights):
     assert all(a == b and x is y for (a, x), (b, y) in zip(weights.items(), before, strict=True))
 
 
+class TestVerdict:
+    """What does not fit is refused in one line that says what the file is, whatever ``strict`` says."""
+
+    @staticmethod
+    def refused(tmp_path, network, tensors) -> str:
+        file = str(tmp_path / 'file.pth')
+        torch.save(tensors, file)
+        with pytest.raises(CheckpointError) as error:
+            load_checkpoint(network, file, strict=False)
+        message = str(error.value)
+        assert message.startswith(f'{file} does not fit RepViT m0_6: ') and '\n' not in message
+        return message
+
+    def test_other_variant(self, tmp_path, weights):
+        for arch in ('m0_9', 'm2'):
+            other = RepViT(arch).state_dict()
+            for tensors in (other, translate_tensors(other, 'timm'), translate_tensors(other, 'authors')):
+                assert f"it holds RepViT {arch}: set arch='{arch}'" in self.refused(tmp_path, build(), tensors)
+        fused = RepViT('m1_0', deploy=True).state_dict()
+        assert "it holds RepViT m1_0: set arch='m1_0'" in self.refused(tmp_path, build(deploy=True), fused)
+
+    def test_fused_file_meets_training_network(self, tmp_path):
+        assert 'deploy=True' in self.refused(tmp_path, build(), build(deploy=True).state_dict())
+
+    def test_incomplete_and_foreign_files(self, tmp_path, weights):
+        part = dict(list(weights.items())[1:])
+        assert 'missing: 1 (stem.conv1.conv.weight)' in self.refused(tmp_path, build(), part)
+        assert 'it holds another network' in self.refused(tmp_path, build(), {'conv1.weight': torch.zeros(1)})
+        for network, tensors in ((build(), {}), (Detector(build()), weights)):
+            with pytest.raises(CheckpointError, match='it holds no tensor for it'):
+                network.load_state_dict(tensors, strict=False)
+
+    def test_batch_counters_may_be_absent(self, weights, expected):
+        network = build()
+        network.load_state_dict({n: t for n, t in weights.items() if not n.endswith('num_batches_tracked')})
+        check(network, expected)
+
+    def test_one_line_in_the_log(self, tmp_path, weights, log):
+        torch.save({'model': weights}, tmp_path / 'a.pth')
+        load_checkpoint(build(), str(tmp_path / 'a.pth'), logger='current')
+        (line,) = (line for line in log if 'backbone tensors' in line)
+        count = len(build().state_dict())
+        assert line == (
+            f"{tmp_path / 'a.pth'}: RepViT m0_6, training form, the authors' names: {count}/{count} backbone tensors "
+            f'loaded; {len(weights) - count} set aside (classification head)'
+        )
+
+    def test_other_tap_is_warned_of(self, tmp_path, weights, log):
+        detector = {f'backbone.{name}': tensor for name, tensor in weights.items()} | {'rpn_head.x': torch.zeros(1)}
+        segmentor = {f'backbone.{name}': tensor for name, tensor in weights.items()} | {'decode_head.x': torch.zeros(1)}
+        ours = {'state_dict': segmentor, 'meta': {'cfg': "dict(tap='pre_downsample', type='RepViT')"}}
+        for content, trained in ((detector, 'pre_downsample'), (segmentor, 'stage_end'), (ours, 'pre_downsample')):
+            torch.save(content if content is ours else {'state_dict': content}, tmp_path / 'a.pth')
+            for tap in ('stage_end', 'pre_downsample'):
+                log.clear()
+                load_checkpoint(build(tap=tap), str(tmp_path / 'a.pth'))
+                warned = [line for line in log if f"trained with tap='{trained}', this network has tap='{tap}'" in line]
+                assert len(warned) == (tap != trained)
+
+    @pytest.mark.slow
+    def test_detector_of_the_authors_loads_with_nothing_missing_or_left_over(self, tmp_path):
+        """Their heads have today's names; `strict` makes the framework itself refuse anything else."""
+        from mmdet.registry import MODELS
+        from mmengine.config import Config
+        from mmengine.registry import DefaultScope
+
+        root = Path(__file__).parents[1]
+        cfg = Config.fromfile(root / 'configs/det/mask_rcnn_repvit_m1_1_fpn_1x_coco.py')
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            given, taken = (MODELS.build(dict(cfg.model)) for _ in range(2))
+        heads = {n: t for n, t in given.state_dict().items() if not n.startswith('backbone.')}
+        backbone = translate_tensors(given.backbone.state_dict(), 'authors')
+        state = {**{f'backbone.{name}': tensor for name, tensor in backbone.items()}, **heads}
+        torch.save(
+            {'state_dict': state, 'meta': {'CLASSES': ('person',), 'mmdet_version': '2.28.2'}}, tmp_path / 'a.pth'
+        )
+        load_checkpoint(taken, str(tmp_path / 'a.pth'), strict=True)
+        check(taken, given.state_dict())
+
+
+def translate_tensors(tensors, convention):
+    names = translate(tensors, convention)
+    return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def reach_for_more(function, *arguments):
+    """An object that has torch's own, allowed helper call a function of the file's choice."""
+    return torch._tensor._rebuild_from_type_v2, (function, torch.Tensor, arguments, {})
+
+
 class TestReading:
     """A checkpoint file is data: reading it runs nothing."""
 
     def test_training_metadata_survives(self, tmp_path):
         history = HistoryBuffer([3.0, 1.0, 2.0], [1, 1, 1])
         metadata = {'loss': history, 'lr': np.float64(0.1), 'order': np.arange(3), 'names': np.array(['a']), 'iter': 7}
-        torch.save({'message_hub': metadata}, tmp_path / 'a.pth')
-        read = CheckpointLoader.load_checkpoint(str(tmp_path / 'a.pth'))['message_hub']
+        torch.save({'message_hub': metadata, 'args': argparse.Namespace(lr=0.1)}, tmp_path / 'a.pth')
+        file = CheckpointLoader.load_checkpoint(str(tmp_path / 'a.pth'))
+        read = file['message_hub']
+        assert file['args'].lr == 0.1
         assert read['lr'] == metadata['lr'] and read['iter'] == 7
         assert all(np.array_equal(read[name], metadata[name]) for name in ('order', 'names'))
         assert all(read['loss'].statistics(name) == history.statistics(name) for name in STATISTICS)
@@ -187,30 +210,45 @@ class TestReading:
         assert [len(data) for data in read_checkpoint(str(tmp_path / 'a.pth'))['loss'].data] == [0, 0]
 
     @pytest.mark.parametrize(
-        ('function', 'arguments'),
+        ('reduced', 'named'),
         [
-            (os.system, ('touch {}',)),
-            (eval, ('open({!r}, "w")',)),
-            (getattr, (HistoryBuffer, '__init__')),
-            (getattr, (np.ndarray, 'tofile')),
-            (getattr, (torch.Tensor, 'min')),
+            ((os.system, ('touch {}',)), 'posix.system'),
+            ((eval, ('open({!r}, "w")',)), 'eval'),
+            ((getattr, (HistoryBuffer, '__init__')), 'getattr of'),
+            ((getattr, (np.ndarray, 'tofile')), 'getattr of'),
+            ((getattr, (torch.Tensor, 'min')), 'getattr of'),
+            (reach_for_more(getattr, HistoryBuffer, '__init__'), 'getattr of'),
+            (reach_for_more(open, '{}', 'w'), 'open'),
         ],
         ids=str,
     )
-    def test_file_that_runs_something_is_refused(self, tmp_path, function, arguments):
+    def test_file_that_runs_something_is_refused(self, tmp_path, reduced, named):
+        def with_target(value):
+            if isinstance(value, tuple):
+                return tuple(map(with_target, value))
+            return value.format(str(tmp_path / 'was_run')) if isinstance(value, str) else value
+
         class Payload:
             def __reduce__(self):
-                target = str(tmp_path / 'was_run')
-                return function, tuple(a.format(target) if isinstance(a, str) else a for a in arguments)
+                return with_target(reduced)
 
         file = str(tmp_path / 'a.pth')
         torch.save({'state_dict': {'a': torch.zeros(1)}, 'meta': Payload()}, file)
-        for read in (read_checkpoint, CheckpointLoader.load_checkpoint):
-            with pytest.raises(pickle.UnpicklingError):
+        for read in (read_checkpoint, CheckpointLoader.load_checkpoint, partial(load_checkpoint, nn.Linear(1, 1))):
+            with pytest.raises(CheckpointError, match='--trust-checkpoint') as error:
                 read(file)
-        with pytest.raises(pickle.UnpicklingError):
-            load_checkpoint(nn.Linear(1, 1), file)
+            assert named in str(error.value) and '\n' not in str(error.value)
         assert not (tmp_path / 'was_run').exists()
+
+    def test_trusted_file_runs_what_it_holds(self, tmp_path, monkeypatch):
+        class Payload:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / 'was_run'),)
+
+        torch.save({'a': torch.zeros(1), 'meta': Payload()}, tmp_path / 'a.pth')
+        monkeypatch.setattr('repvit_mm.checkpoint.TRUSTED', {str(tmp_path / 'a.pth')})
+        assert read_checkpoint(tmp_path / 'a.pth')['a'] == 0
+        assert (tmp_path / 'was_run').exists() and not TRUSTED
 
     def test_nothing_stays_allowed(self, tmp_path):
         """Torch's own reader is as strict after ours as before."""
@@ -219,10 +257,48 @@ class TestReading:
         with pytest.raises(pickle.UnpicklingError):
             torch.load(tmp_path / 'a.pth', weights_only=True)
 
-    def test_missing_file_is_named(self, tmp_path):
-        for read in (read_checkpoint, CheckpointLoader.load_checkpoint):
-            with pytest.raises(FileNotFoundError, match=r'nowhere\.pth'):
-                read(str(tmp_path / 'nowhere.pth'))
+    def test_safetensors(self, tmp_path, weights, expected):
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / 'a.safetensors')
+        network = build()
+        load_checkpoint(network, str(tmp_path / 'a.safetensors'))
+        check(network, expected)
+
+    @pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+    def test_bad_files_get_one_line(self, tmp_path, suffix):
+        whole = tmp_path / 'whole.pth'
+        torch.save({'a': torch.zeros(1000)}, whole)
+        bad = {
+            'is empty': b'',
+            'is a web page': b'\n<!DOCTYPE html><html>Not Found</html>',
+            'is damaged': whole.read_bytes()[:-500],
+            'is damaged or no': b'just some text, no checkpoint',
+        }
+        for message, content in bad.items():
+            file = tmp_path / f'bad.{suffix}'
+            file.write_bytes(content)
+            with pytest.raises(CheckpointError, match=message) as error:
+                CheckpointLoader.load_checkpoint(str(file))
+            assert str(file) in str(error.value) and '\n' not in str(error.value)
+
+    def test_file_that_is_not_there(self, tmp_path):
+        torch.save({}, tmp_path / 'epoch_12.pth')
+        with pytest.raises(CheckpointError, match=r'epoch_21\.pth not found; the nearest is .*epoch_12\.pth'):
+            CheckpointLoader.load_checkpoint(str(tmp_path / 'epoch_21.pth'))
+        with pytest.raises(CheckpointError, match='is a folder'):
+            CheckpointLoader.load_checkpoint(str(tmp_path))
+
+    def test_addresses(self, tmp_path, monkeypatch):
+        """A file that was fetched before is taken; one that cannot be fetched is said to be so. All read safely."""
+        monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path))
+        address = 'http://127.0.0.1:9/released.pth'
+        with pytest.raises(CheckpointError, match=f'{address} cannot be downloaded .* not at {tmp_path}'):
+            CheckpointLoader.load_checkpoint(address)
+        torch.save({'a': torch.ones(1)}, tmp_path / 'checkpoints/released.pth')
+        assert CheckpointLoader.load_checkpoint(address)['a'] == 1
+        assert download(address) == tmp_path / 'checkpoints/released.pth'
+        torch.save({'a': os.system}, tmp_path / 'checkpoints/released.pth')
+        with pytest.raises(CheckpointError, match=r'posix\.system'):
+            CheckpointLoader.load_checkpoint(address)
 
     def test_home_folder_is_expanded(self, tmp_path, monkeypatch):
         monkeypatch.setenv('HOME', str(tmp_path))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from repvit_mm import RepViT
 from repvit_mm.datasets.shapes import write_shapes
 
 ROOT = Path(__file__).parents[1]
@@ -244,7 +245,7 @@ WRONG = {
     ),
     'no pretrained file': (
         ['train.py', DETECTION, '--pretrained', 'absent.pth'],
-        ['pretrained file absent.pth not found', '--pretrained none'],
+        ['pretrained checkpoint absent.pth not found', '--pretrained none'],
     ),
     'no network': (
         ['train.py', DETECTION, '--pretrained', 'http://localhost:9/weights.pth'],
@@ -255,13 +256,33 @@ WRONG = {
             '--pretrained none',
         ],
     ),
-    'no checkpoint': (['test.py', DETECTION, 'absent.pth'], ['checkpoint absent.pth not found']),
+    'no checkpoint': (['test.py', DETECTION, 'absent.pth'], ['CHECKPOINT: checkpoint absent.pth not found']),
     'typo in the checkpoint': (
         ['test.py', DETECTION, 'exist.pth'],
         ['exist.pth not found', 'the nearest is exists.pth'],
     ),
     'folder for a checkpoint': (['test.py', DETECTION, 'data'], ['checkpoint data is a folder']),
-    'resume from nothing': (['train.py', DETECTION, '--resume', 'absent.pth'], ['--resume absent.pth not found']),
+    'checkpoint of another task': (
+        ['test.py', DETECTION, 'heads.pth'],
+        ['checkpoint heads.pth is not of this config', 'tensors outside the backbone do not fit', 'nothing'],
+    ),
+    'checkpoint that would run code': (
+        ['test.py', DETECTION, 'evil.pth'],
+        ['checkpoint evil.pth refers to posix.system', '--trust-checkpoint'],
+    ),
+    'web page for a checkpoint': (['test.py', DETECTION, 'page.pth'], ['checkpoint page.pth is a web page']),
+    'backbone of another variant': (
+        ['train.py', SEGMENTATION, '--pretrained', 'm0_9.pth'],
+        ["m0_9.pth does not fit RepViT m0_6: it holds RepViT m0_9: set arch='m0_9'"],
+    ),
+    'resume from weights': (
+        ['train.py', DETECTION, '--resume', 'exists.pth'],
+        ["--resume: exists.pth is no checkpoint of a training run's", 'load_from=exists.pth'],
+    ),
+    'resume from nothing': (
+        ['train.py', DETECTION, '--resume', 'absent.pth'],
+        ['--resume: checkpoint absent.pth not found'],
+    ),
     'segmentation metric for a detector': (
         ['test.py', DETECTION, 'exists.pth', '--eval', 'mIoU'],
         ['--eval mIoU: detection takes bbox, segm'],
@@ -292,9 +313,20 @@ WRONG = {
 }
 
 
+class Evil:
+    """Runs a command as it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ('touch was_run',)
+
+
 @pytest.fixture(scope='module')
 def wrong_folder(folder):
     torch.save({'state_dict': {}}, folder / 'exists.pth')
+    torch.save({'state_dict': {'decode_head.conv_seg.weight': torch.zeros(1)}}, folder / 'heads.pth')
+    torch.save({'state_dict': {}, 'meta': Evil()}, folder / 'evil.pth')
+    torch.save(RepViT('m0_9').state_dict(), folder / 'm0_9.pth')
+    (folder / 'page.pth').write_text('<html>not found</html>')
     (folder / 'broken.py').write_text('_base_ = \n')
     (folder / 'pretrain.py').write_text("default_scope = 'mmpretrain'\n")
     (folder / 'unscaled.py').write_text(f"_base_ = '{DETECTION}'\nauto_scale_lr = dict(_delete_=True)\n")
@@ -316,7 +348,7 @@ def test_wrong_use_gets_one_line(wrong_folder, case):
     last_line = done.stderr.rstrip('\n').splitlines()[-1]
     for part in expected:
         assert part in last_line
-    assert not list((wrong_folder / 'wrong').glob('*.pth'))
+    assert not list((wrong_folder / 'wrong').glob('*.pth')) and not (wrong_folder / 'was_run').exists()
 
 
 def test_usage_errors_are_argparse_s(tmp_path):

@@ -4,10 +4,8 @@ import argparse
 import difflib
 import logging
 import os
-import socket
 import sys
 import traceback
-import urllib.error
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +21,7 @@ from mmengine.registry import RUNNERS  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
 try:
-    import repvit_mm  # noqa: F401
+    from repvit_mm.checkpoint import TRUSTED, CheckpointError, check_file, download
 except ImportError as error:
     sys.exit(f'{error} (a checkout is installed by: pip install -e .)')
 
@@ -49,6 +47,11 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help='override settings of the config, e.g. train_dataloader.batch_size=4 or model.neck.in_channels="[1,2]"',
     )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='read the given checkpoints even if that runs code in them: only if you trust whoever made them',
+    )
     # torch.distributed.launch passes it; torchrun sets the environment variable instead.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
@@ -148,12 +151,11 @@ def check_data(cfg: Config, *splits: str) -> None:
 
 def check_checkpoint(path: str, option: str) -> None:
     """Exit with one line unless a checkpoint that is given as a path, not as an address, is a file."""
-    if '://' in path or os.path.isfile(path):
-        return
-    folder = Path(path).parent
-    nearest = difflib.get_close_matches(path, [str(other) for other in folder.glob('*.pth')], n=1)
-    hint = f'; the nearest is {nearest[0]}' if nearest else ''
-    sys.exit(f'{option} {path} ' + ('is a folder, expected a file' if os.path.isdir(path) else 'not found') + hint)
+    if '://' not in path:
+        try:
+            check_file(Path(path).expanduser())
+        except CheckpointError as error:
+            sys.exit(f'{option}: {error}')
 
 
 def prepare_pretrained(cfg: Config, pretrained: str | None) -> None:
@@ -172,33 +174,22 @@ def prepare_pretrained(cfg: Config, pretrained: str | None) -> None:
     if not isinstance(init_cfg, dict) or init_cfg.get('type') != 'Pretrained':
         return
     checkpoint = init_cfg.get('checkpoint', '')
-    instead = '--pretrained PATH takes another file, --pretrained none starts from random weights'
-    if checkpoint.startswith(('http://', 'https://')):
-        cached = Path(torch.hub.get_dir(), 'checkpoints', checkpoint.rpartition('/')[2])
-        if is_first_process() and not cached.exists():
-            try:
-                download(checkpoint, cached)
-            except (urllib.error.URLError, OSError) as error:
-                reason = one_line(error)
-                sys.exit(
-                    f'pretrained file {checkpoint} cannot be downloaded ({reason}) and is not at {cached}; {instead}'
-                )
-    elif '://' not in checkpoint and not os.path.isfile(checkpoint):
-        sys.exit(f'pretrained file {checkpoint} not found (looked for it in {Path.cwd()}); {instead}')
-
-
-def download(address: str, path: Path) -> None:
-    """Fetch a file with a progress bar; ``path`` appears only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)
     try:
-        torch.hub.download_url_to_file(address, str(path))
-    finally:
-        socket.setdefaulttimeout(patience)
+        if checkpoint.startswith(('http://', 'https://')):
+            if is_first_process():
+                download(checkpoint)
+        elif '://' not in checkpoint:
+            check_file(Path(checkpoint).expanduser())
+    except CheckpointError as error:
+        sys.exit(f'pretrained {error}; --pretrained PATH takes another file, --pretrained none starts at random')
 
 
 def is_first_process() -> bool:
     """Whether this is the only process of a job or its rank 0, before the job's processes have met."""
     ranks = (os.environ.get(name) for name in ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'))
     return int(next((rank for rank in ranks if rank is not None), 0)) == 0
+
+
+def trust(*paths: str | None) -> None:
+    """Let these files run code as they are read, as ``--trust-checkpoint`` says."""
+    TRUSTED.update(str(Path(path).expanduser()) for path in paths if path)

@@ -48,6 +48,7 @@ REQUIREMENTS = (
     f'opencv-python=={OPENCV}',
     'pytest==9.2.0',
     'hypothesis',
+    'safetensors',
     'ruff==0.17.6',
 )
 # What is run to see that the environment works.

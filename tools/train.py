@@ -10,10 +10,13 @@ from _launch import (
     check_data,
     load_config,
     prepare_pretrained,
+    trust,
 )
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.runner import find_latest_checkpoint
+
+from repvit_mm.checkpoint import CheckpointError, read_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,19 +57,40 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
+    if args.trust_checkpoint:
+        trust(cfg.get('load_from'), args.pretrained)
     if cfg.get('load_from'):
         check_checkpoint(cfg.load_from, '--resume' if args.resume else 'load_from')
+        if args.resume:
+            check_resumable(cfg.load_from)
+
+
+def check_resumable(path: str) -> None:
+    """Exit with one line unless a checkpoint is one that a run of MMEngine's Runner left."""
+    found = read_checkpoint(path, map_location='cpu')
+    if not (isinstance(found, dict) and {'meta', 'state_dict', 'optimizer', 'message_hub'} <= found.keys()):
+        sys.exit(
+            f"--resume: {path} is no checkpoint of a training run's; to start from its weights: "
+            f'--cfg-options load_from={path}'
+        )
 
 
 def main() -> None:
     """Train."""
     args = parse_args()
     cfg = load_config(args)
-    apply_options(cfg, args)
+    try:
+        apply_options(cfg, args)
+        train(cfg, args.pretrained)
+    except CheckpointError as error:
+        sys.exit(str(error))
+
+
+def train(cfg: Config, pretrained: str | None) -> None:
+    """Train what a config says, from the backbone's pretrained weights or a checkpoint that holds all weights."""
     check_data(cfg, 'train', 'val')
-    if cfg.get('resume') and (cfg.get('load_from') or find_latest_checkpoint(cfg.work_dir)):
-        args.pretrained = 'none'  # the checkpoint holds all weights
-    prepare_pretrained(cfg, args.pretrained)
+    resumed = cfg.get('resume') and (cfg.get('load_from') or find_latest_checkpoint(cfg.work_dir))
+    prepare_pretrained(cfg, 'none' if resumed else pretrained)
     loops = ('train_loop', 'val_loop') if cfg.get('val_cfg') else ('train_loop',)
     build_runner(cfg, *loops).train()
 

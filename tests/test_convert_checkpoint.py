@@ -1,0 +1,365 @@
+"""The converter: what it says of a file, that it changes names alone, and what it refuses."""
+
+import hashlib
+import importlib
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from helpers import GOLDENS, HEADS, Golden, image, largest_error
+from mmengine.logging import HistoryBuffer
+
+from repvit_mm import RepViT
+
+TOOLS = Path(__file__).parents[1] / 'tools'
+sys.path.append(str(TOOLS))
+main = importlib.import_module('convert_checkpoint').main
+
+SOURCES = {golden.name: golden for golden in GOLDENS}
+SMALLEST, V1 = SOURCES['repvit_m0_6'], SOURCES['timm_repvit_m1']
+
+
+def origin(golden: Golden) -> str:
+    return 'timm' if golden.name.startswith('timm') else 'authors'
+
+
+def layout(golden: Golden) -> dict:
+    """A released classifier as its owners lay it out."""
+    return golden.state_dict() if origin(golden) == 'timm' else {'model': golden.state_dict()}
+
+
+def without_heads(tensors: dict) -> dict:
+    return {name: value for name, value in tensors.items() if not name.startswith(HEADS)}
+
+
+def read(path: Path) -> dict:
+    """What a file holds, read by torch alone: nothing of this package may be needed for it."""
+    return torch.load(path, weights_only=True)
+
+
+def equal(first: dict, second: dict) -> bool:
+    """Whether tensors have the same names, in the same order, and are equal bit by bit."""
+    return list(first) == list(second) and all(
+        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
+    )
+
+
+def maps(tensors: dict, golden: Golden, **options) -> tuple:
+    network = RepViT(golden.arch, tap='pre_downsample', **options).eval()
+    network.load_state_dict(tensors)
+    with torch.no_grad():
+        return network(image())
+
+
+@pytest.fixture(scope='module')
+def smallest(tmp_path_factory) -> Path:
+    """The authors' m0_6 classifier."""
+    path = tmp_path_factory.mktemp('smallest') / 'repvit_m0_6.pth'
+    torch.save(layout(SMALLEST), path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def ours(smallest) -> Path:
+    """The same by our names."""
+    path = smallest.with_name('ours.pth')
+    main([str(smallest), str(path)])
+    return path
+
+
+@pytest.fixture(scope='module')
+def detector(smallest) -> Path:
+    """A detector of the authors', wrapped for running in parallel, with what training leaves in a file."""
+    tensors = {f'module.backbone.{name}': tensor for name, tensor in without_heads(SMALLEST.state_dict()).items()}
+    tensors |= {'module.rpn_head.rpn_cls.weight': torch.ones(3, 4, 1, 1), 'module.neck.bias': torch.arange(5.0)}
+    meta = {'CLASSES': ('cat', 'dog'), 'epoch': 12, 'config': 'model = dict()'}
+    history = HistoryBuffer([1.0, 2.0], [1, 1])
+    path = smallest.with_name('detector.pth')
+    torch.save({'meta': meta, 'state_dict': tensors, 'optimizer': {'lr': 0.1}, 'message_hub': history}, path)
+    return path
+
+
+@pytest.mark.parametrize('golden', GOLDENS, ids=lambda golden: golden.name)
+class TestEveryArch:
+    def test_names_change_and_nothing_else(self, tmp_path, capsys, golden):
+        released = tmp_path / 'released.pth'
+        torch.save(layout(golden), released)
+        main([str(released), '--check'])
+        backbone = without_heads(golden.state_dict())
+        whose = {'timm': "timm's", 'authors': "the authors'"}[origin(golden)]
+        verdict = f'RepViT {golden.arch}, training form, {whose} names: {len(backbone)} backbone tensors, '
+        assert capsys.readouterr().out == f'{released}: {verdict}{len(golden.shapes) - len(backbone)} ' + (
+            'of classification heads\n'
+        )
+
+        first = tmp_path / 'ours.pth'
+        main([str(released), str(first)])
+        ours = read(first)['state_dict']
+        assert all(torch.equal(a, b) for a, b in zip(ours.values(), backbone.values(), strict=True))
+        assert ours.keys() == RepViT(golden.arch).state_dict().keys()
+        for to in ('authors', 'timm'):
+            there, back = tmp_path / f'{to}.pth', tmp_path / f'{to}_ours.pth'
+            main([str(first), str(there), '--to', to])
+            main([str(there), str(back)])
+            assert equal(read(back)['state_dict'], ours)
+            tensors = read(there)['model'] if to == 'authors' else read(there)
+            assert tensors.keys() != ours.keys()
+            if to == origin(golden):
+                assert equal(tensors, backbone)
+            twin = SOURCES.get(('timm_' if to == 'timm' else '') + f'repvit_{golden.arch}')
+            if twin:  # the other owners' own list of names
+                assert {name: tuple(t.shape) for name, t in tensors.items()} == without_heads(twin.shapes)
+
+    def test_fused_names_go_there_and_back(self, tmp_path, capsys, golden):
+        released, first = tmp_path / 'released.pth', tmp_path / 'ours.pth'
+        torch.save(layout(golden), released)
+        main([str(released), str(first), '--fuse'])
+        ours = read(first)['state_dict']
+        assert ours.keys() == RepViT(golden.arch, deploy=True).state_dict().keys()
+        for to in ('authors', 'timm'):
+            there, back = tmp_path / f'{to}.pth', tmp_path / f'{to}_ours.pth'
+            main([str(first), str(there), '--to', to])
+            main([str(there), str(back)])
+            assert equal(read(back)['state_dict'], ours)
+        main([str(back), '--check'])
+        assert re.search(rf'RepViT (\w+ or )*{golden.arch}( or \w+)*, fused form', capsys.readouterr().out)
+
+
+@pytest.mark.parametrize('golden', [SMALLEST, V1], ids=lambda golden: golden.name)
+@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+@pytest.mark.parametrize('fuse', [False, True], ids=['training', 'fused'])
+@pytest.mark.parametrize('to', ['ours', 'authors', 'timm'])
+def test_converted_networks_compute_what_the_reference_did(tmp_path, golden, suffix, fuse, to):
+    released, out = tmp_path / 'released.pth', tmp_path / f'out.{suffix}'
+    torch.save(layout(golden), released)
+    main([str(released), str(out), '--to', to, *['--fuse'] * fuse])
+    tensors = read(out) if suffix == 'pth' else safetensors.torch.load_file(out)
+    assert fuse != any('running_mean' in str(name) for name in flat(tensors))
+    assert largest_error(maps(tensors, golden, deploy=fuse), golden.maps('pre_downsample')) < 1e-5
+
+
+def flat(content: dict) -> list[str]:
+    return [name for key, value in content.items() for name in (value if isinstance(value, dict) else [key])]
+
+
+def test_safetensors_hold_the_same_tensors(tmp_path, ours):
+    main([str(ours), str(tmp_path / 'a.safetensors')])
+    main([str(tmp_path / 'a.safetensors'), str(tmp_path / 'b.pth')])
+    before, after = read(ours)['state_dict'], read(tmp_path / 'b.pth')['state_dict']
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_layout_of_each_convention(tmp_path, ours, detector):
+    for to, keys, whole_keys in [
+        ('ours', {'state_dict', 'meta'}, {'state_dict', 'meta'}),
+        ('authors', {'model'}, {'state_dict', 'meta'}),
+    ]:
+        main([str(ours), str(tmp_path / f'{to}.pth'), '--to', to])
+        main([str(detector), str(tmp_path / f'{to}_detector.pth'), '--to', to])
+        assert read(tmp_path / f'{to}.pth').keys() == keys
+        assert read(tmp_path / f'{to}_detector.pth').keys() == whole_keys
+    assert read(tmp_path / 'ours.pth')['meta'] == {}
+    main([str(ours), str(tmp_path / 'timm.pth'), '--to', 'timm'])
+    assert all(isinstance(tensor, torch.Tensor) for tensor in read(tmp_path / 'timm.pth').values())
+
+
+class TestHeads:
+    def test_stay_as_long_as_the_names_do(self, tmp_path, smallest):
+        main([str(smallest), str(tmp_path / 'a.pth'), '--to', 'authors'])
+        assert equal(read(tmp_path / 'a.pth')['model'], SMALLEST.state_dict())
+
+    @pytest.mark.parametrize('options', [['--to', 'timm'], ['--to', 'ours'], ['--to', 'authors', '--fuse']], ids=str)
+    def test_are_set_aside_otherwise(self, tmp_path, capsys, smallest, options):
+        main([str(smallest), str(tmp_path / 'a.pth'), *options])
+        assert not any(name.startswith(HEADS) for name in flat(read(tmp_path / 'a.pth')))
+        assert '14 of classification heads set aside' in capsys.readouterr().out
+
+
+class TestDetector:
+    def test_keeps_its_other_parts_and_its_classes_but_not_its_training(self, tmp_path, capsys, detector, ours):
+        main([str(detector), str(tmp_path / 'a.pth')])
+        assert 'backbone tensors under backbone.*, 2 of other parts of a model' in capsys.readouterr().out
+        converted = read(tmp_path / 'a.pth')
+        assert converted.keys() == {'state_dict', 'meta'} and converted['meta'] == {'CLASSES': ('cat', 'dog')}
+        tensors = converted['state_dict']
+        assert torch.equal(tensors.pop('neck.bias'), torch.arange(5.0))
+        assert torch.equal(tensors.pop('rpn_head.rpn_cls.weight'), torch.ones(3, 4, 1, 1))
+        assert equal(
+            {name.removeprefix('backbone.'): tensor for name, tensor in tensors.items()}, read(ours)['state_dict']
+        )
+
+    def test_keeps_its_training_if_asked(self, tmp_path, detector):
+        for to in ('ours', 'timm'):
+            main([str(detector), str(tmp_path / f'{to}.pth'), '--to', to, '--keep-metadata'])
+            with torch.serialization.safe_globals([HistoryBuffer]):
+                converted = torch.load(tmp_path / f'{to}.pth', weights_only=False)
+            assert converted.keys() == {'meta', 'state_dict', 'optimizer', 'message_hub'}
+            assert converted['optimizer'] == {'lr': 0.1} and converted['meta']['epoch'] == 12
+            assert converted['message_hub'].mean() == 1.5
+
+    def test_is_fused_where_it_can_be(self, tmp_path, detector):
+        main([str(detector), str(tmp_path / 'a.safetensors'), '--fuse'])
+        tensors = safetensors.torch.load_file(tmp_path / 'a.safetensors')
+        assert torch.equal(tensors['neck.bias'], torch.arange(5.0))
+        fused = {name.removeprefix('backbone.'): t for name, t in tensors.items() if name.startswith('backbone.')}
+        assert fused.keys() == RepViT('m0_6', deploy=True).state_dict().keys()
+
+
+def test_fused_file_is_not_fused_again(tmp_path, capsys, ours):
+    main([str(ours), str(tmp_path / 'a.pth'), '--fuse'])
+    assert 'fused already' not in capsys.readouterr().out
+    main([str(tmp_path / 'a.pth'), str(tmp_path / 'b.pth'), '--fuse'])
+    assert f'{tmp_path}/a.pth is fused already' in capsys.readouterr().out
+    assert equal(read(tmp_path / 'a.pth')['state_dict'], read(tmp_path / 'b.pth')['state_dict'])
+
+
+def test_precision_stays(tmp_path, ours):
+    half = {name: t.half() if t.is_floating_point() else t for name, t in read(ours)['state_dict'].items()}
+    torch.save(half, tmp_path / 'half.pth')
+    main([str(tmp_path / 'half.pth'), str(tmp_path / 'a.pth'), '--fuse'])
+    assert {tensor.dtype for tensor in read(tmp_path / 'a.pth')['state_dict'].values()} == {torch.float16}
+
+
+def test_views_of_larger_tensors_become_their_own(tmp_path, ours):
+    tensors = read(ours)['state_dict']
+    first = next(iter(tensors))
+    tensors[first] = torch.stack([tensors[first]] * 3000)[0]
+    torch.save(tensors, tmp_path / 'large.pth')
+    main([str(tmp_path / 'large.pth'), str(tmp_path / 'a.pth')])
+    assert (tmp_path / 'large.pth').stat().st_size > ours.stat().st_size + 1e6
+    assert abs((tmp_path / 'a.pth').stat().st_size - ours.stat().st_size) < 1e4
+
+
+class TestWriting:
+    def test_folder_gets_a_name_with_the_digest(self, tmp_path, smallest):
+        out = tmp_path / 'zoo'
+        main([str(smallest), f'{out}/'])
+        (path,) = out.iterdir()
+        assert path.name == f'repvit_m0_6-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth'
+        main([str(smallest), str(out), '--force'])
+        assert list(out.iterdir()) == [path], 'the same content has the same name'
+        with pytest.raises(SystemExit, match=r'is there already: --force replaces it'):
+            main([str(smallest), str(out)])
+
+    def test_nothing_is_replaced_unless_asked(self, tmp_path, smallest):
+        out = tmp_path / 'a.pth'
+        out.write_text('precious')
+        with pytest.raises(SystemExit, match=r'a\.pth is there already: --force replaces it'):
+            main([str(smallest), str(out)])
+        assert out.read_text() == 'precious' and list(tmp_path.iterdir()) == [out]
+        main([str(smallest), str(out), '--force'])
+        assert 'state_dict' in read(out) and list(tmp_path.iterdir()) == [out]
+
+    def test_no_half_file_is_left_when_the_disk_is_full(self, tmp_path, smallest):
+        """A real process that may not write more than a megabyte."""
+        done = run(
+            smallest, tmp_path / 'a.pth', preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+        )
+        assert done.returncode == 1 and 'Traceback' not in done.stderr
+        assert f'{tmp_path}/a.pth cannot be written: ' in done.stderr.splitlines()[-1]
+        assert list(tmp_path.iterdir()) == []
+
+    def test_folder_that_is_a_file(self, tmp_path, smallest):
+        (tmp_path / 'file').touch()
+        with pytest.raises(SystemExit, match=r'file/a\.pth cannot be written: '):
+            main([str(smallest), str(tmp_path / 'file' / 'a.pth')])
+
+
+def run(*arguments, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(TOOLS / 'convert_checkpoint.py'), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def drop(tensors: dict, name: str) -> dict:
+    return {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+BAD = {
+    'missing tensor': (
+        lambda t: drop(t, 'features.3.token_mixer.0.conv1.bn.bias'),
+        r'no whole RepViT: compared with m0_6, tensors missing: 1 \(stages\.0\.2\.token_mixer\.conv1x1\.bn\.bias\)',
+    ),
+    'unexplained tensor': (
+        lambda t: {**t, 'features.1.extra.weight': torch.ones(1)},
+        r'compared with m0_6, tensors unexplained: 1 \(features\.1\.extra\.weight\)',
+    ),
+    'tensor of another shape': (
+        lambda t: {**t, 'features.0.0.c.weight': torch.ones(1, 3, 3, 3)},
+        r'compared with m0_6, tensors of another shape: 1 \(stem\.conv1\.conv\.weight\)',
+    ),
+    'another network': (
+        lambda t: {'layer1.0.conv1.weight': torch.ones(1)},
+        r'holds no RepViT: its first tensor is layer1\.0\.conv1\.weight',
+    ),
+    'no tensor': (lambda t: {'epoch': 3}, r'holds no RepViT: it holds no tensor at all'),
+    'no dict': (lambda t: [1, 2], r'holds no RepViT: it holds no tensor at all'),
+}
+
+
+@pytest.mark.parametrize('options', [['--check'], ['out.pth']], ids=str)
+@pytest.mark.parametrize('case', BAD)
+def test_bad_file_is_refused(tmp_path, monkeypatch, case, options):
+    monkeypatch.chdir(tmp_path)
+    change, message = BAD[case]
+    torch.save(change(SMALLEST.state_dict()), 'in.pth')
+    with pytest.raises(SystemExit, match=rf'^in\.pth .*{message}$'):
+        main(['in.pth', *options])
+    assert [path.name for path in tmp_path.iterdir()] == ['in.pth']
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [(b'', 'is empty'), (b'<!DOCTYPE html>', 'is a web page'), (b'x' * 99, 'is damaged'), (None, 'not found')],
+)
+def test_file_that_cannot_be_read_is_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / 'in.pth').write_bytes(content)
+    with pytest.raises(SystemExit, match=rf'in\.pth {message}'):
+        main([str(tmp_path / 'in.pth'), '--check'])
+
+
+class Payload:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def test_code_runs_only_if_it_is_trusted(tmp_path):
+    file, target = tmp_path / 'in.pth', tmp_path / 'was_run'
+    torch.save({'model': SMALLEST.state_dict(), 'args': Payload(target)}, file)
+    with pytest.raises(SystemExit, match='--trust-checkpoint'):
+        main([str(file), '--check'])
+    assert not target.exists()
+    main([str(file), '--check', '--trust-checkpoint'])
+    assert target.exists()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['in.pth', 'out.onnx'], r'out\.onnx: expected a name that ends in \.pth or \.safetensors, or a folder'),
+        (['in.pth', 'out.safetensors', '--keep-metadata'], r'--keep-metadata: out\.safetensors can hold nothing but'),
+    ],
+)
+def test_wrong_use_gets_one_line(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        main(arguments)
+
+
+def test_as_a_program(tmp_path, smallest):
+    done = run(smallest, tmp_path / 'a.pth', '--to', 'timm', '--fuse')
+    assert done.returncode == 0 and 'Warning' not in done.stderr
+    assert done.stdout.splitlines()[0].startswith(f'{smallest}: RepViT m0_6, training form')
+    done = run(tmp_path / 'a.pth', '--check')
+    assert done.returncode == 0 and "fused form, timm's names" in done.stdout
+    done = run(tmp_path / 'b.pth', '--check')
+    assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'the nearest is' in done.stderr
+    done = run(tmp_path / 'a.pth')
+    assert done.returncode == 2 and 'OUT is missing' in done.stderr

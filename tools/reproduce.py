@@ -1,0 +1,164 @@
+"""Test the released detectors and segmentors and compare with their published figures: python tools/reproduce.py."""
+
+import argparse
+import difflib
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from _launch import one_line
+from rich.console import Console
+from rich.table import Table
+
+from repvit_mm.checkpoint import CheckpointError, download
+
+TOOLS = Path(__file__).resolve().parent
+METRICS = {'box AP': ('coco/bbox_mAP', 100), 'mask AP': ('coco/segm_mAP', 100), 'mIoU': ('mIoU', 1)}
+"""Metric in the model index -> its name in a test run, and the factor that makes that a percentage."""
+TOLERANCE = 0.1
+"""Largest difference, in points, that counts as reproduced: what the published figures are rounded to."""
+
+
+class RunError(Exception):
+    """A released model could not be tested; the message is one line that says why."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of the index that has weights and published figures.
+
+    Args:
+        name: Its name.
+        config: Path of its config.
+        weights: Address of its checkpoint.
+        published: Metric -> percentage.
+    """
+
+    name: str
+    config: Path
+    weights: str
+    published: dict[str, float]
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description='Test the released detectors and segmentors, fused, and compare with their published figures. '
+        'Run it where data/coco and data/ade are.'
+    )
+    parser.add_argument('names', nargs='*', metavar='NAME', help='models of the index (default: all with weights)')
+    parser.add_argument('--folder', type=Path, help='where the checkpoints lie (default: they are downloaded once)')
+    parser.add_argument('--index', type=Path, default=TOOLS.parent / 'model-index.yml', help='model index')
+    parser.add_argument(
+        '--work-dir', type=Path, default=Path('work_dirs/reproduce'), help='folder for logs (default: %(default)s)'
+    )
+    return parser.parse_args(argv)
+
+
+def read_index(path: Path) -> dict[str, Entry]:
+    """The models of an index that have weights and published figures, by name; exits with one line if it has none."""
+    found = {}
+    try:
+        for metafile in yaml.safe_load(path.read_text())['Import']:
+            for model in yaml.safe_load((path.parent / metafile).read_text())['Models']:
+                if 'Weights' in model and 'Results' in model:
+                    published = {metric: v for result in model['Results'] for metric, v in result['Metrics'].items()}
+                    config = path.parent / model['Config']
+                    found[model['Name']] = Entry(model['Name'], config, model['Weights'], published)
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        sys.exit(f'model index {path} cannot be read: {one_line(error)}')
+    if not found:
+        sys.exit(f'model index {path} lists no model with Weights and Results')
+    return found
+
+
+def choose(entries: dict[str, Entry], names: Sequence[str]) -> list[Entry]:
+    """The named models, all without names; exits with one line on an unknown name."""
+    for name in names:
+        if name not in entries:
+            nearest = difflib.get_close_matches(name, entries, n=1, cutoff=0)[0]
+            sys.exit(f'{name}: no model of the index with weights and results; the nearest is {nearest}')
+    return [entries[name] for name in names or entries]
+
+
+def fetch(entry: Entry, folder: Path | None) -> Path:
+    """Where a model's checkpoint lies; it is downloaded unless a folder is given.
+
+    Raises:
+        RunError: if it cannot be had.
+    """
+    if folder is None:
+        try:
+            return download(entry.weights)
+        except CheckpointError as error:
+            raise RunError(str(error)) from None
+    path = folder / entry.weights.rpartition('/')[2]
+    if not path.is_file():
+        raise RunError(f'checkpoint {path} not found; it is at {entry.weights}')
+    return path
+
+
+def test(entry: Entry, checkpoint: Path, folder: Path) -> dict[str, float]:
+    """Test with tools/test.py, whose output is shown, and return the metrics that it wrote, in percent.
+
+    Raises:
+        RunError: if it fails, with the last line that it said, or if it wrote no metrics.
+    """
+    before = set(folder.glob('*/*.json'))
+    command = [sys.executable, TOOLS / 'test.py', entry.config, checkpoint, '--fuse', '--work-dir', folder]
+    print('+ python', *command[1:], flush=True)
+    last = ''
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            sys.stderr.write(line)
+            last = line.strip() or last
+    if process.returncode:
+        raise RunError(last or f'tools/test.py ended with status {process.returncode}')
+    written = set(folder.glob('*/*.json')) - before
+    if len(written) != 1:
+        raise RunError(f'tools/test.py left no metrics in {folder}')
+    scalars = json.loads(written.pop().read_text())
+    return {metric: factor * scalars[name] for metric, (name, factor) in METRICS.items() if name in scalars}
+
+
+def compare(entry: Entry, measured: dict[str, float], table: Table) -> list[str]:
+    """Put a model's figures into the table, and return a sentence on each that is not reproduced."""
+    shortcomings = []
+    for metric, published in entry.published.items():
+        value = measured.get(metric, math.nan)
+        difference = round(value - published, 2)  # measured to two digits: 39.9 - 39.8 is no more than 0.1
+        reproduced = abs(difference) <= TOLERANCE  # and not a number is not
+        figures = ('-', '-') if math.isnan(value) else (f'{value:.2f}', f'{difference:+.2f}')
+        table.add_row(entry.name, metric, f'{published:.1f}', *figures, 'yes' if reproduced else 'no')
+        if not reproduced:
+            shortcomings.append(f'{entry.name}: {metric} is {figures[0]}, published {published:.1f}')
+    return shortcomings
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Test the models one after the other and print the table."""
+    args = parse_args(argv)
+    table = Table('model', 'metric', title='Released models, tested fused with the shipped configs, in percent')
+    for heading in ('published', 'measured', 'difference', 'reproduced'):
+        table.add_column(heading, justify='right')
+    shortcomings = []
+    for entry in choose(read_index(args.index), args.names):
+        try:
+            measured = test(entry, fetch(entry, args.folder), args.work_dir / entry.name)
+        except RunError as error:
+            compare(entry, {}, table)
+            shortcomings.append(f'{entry.name}: {error}')
+        else:
+            shortcomings += compare(entry, measured, table)
+    Console().print(table)
+    if shortcomings:
+        sys.exit('\n'.join(shortcomings))
+
+
+if __name__ == '__main__':
+    main()
