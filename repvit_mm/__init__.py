@@ -9,10 +9,17 @@ from mmengine.config.utils import MODULE2PACKAGE  # noqa: E402
 from .hooks import FuseOnDeployHook  # noqa: E402
 from .reparam import switch_to_deploy  # noqa: E402
 from .repvit import RepViT  # noqa: E402
+from .resume import ResumableCheckpointHook, ResumableIterBasedTrainLoop  # noqa: E402
 
 # MMEngine finds `_base_ = 'repvit_mm::...'` by this table. It looks a distribution up where an editable install has no
 # files; the name of a module leads it to the package itself.
 MODULE2PACKAGE.setdefault('repvit_mm', 'repvit_mm.repvit')
 
 __version__ = '0.1.0'
-__all__ = ['FuseOnDeployHook', 'RepViT', 'switch_to_deploy']
+__all__ = [
+    'FuseOnDeployHook',
+    'RepViT',
+    'ResumableCheckpointHook',
+    'ResumableIterBasedTrainLoop',
+    'switch_to_deploy',
+]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoint import CheckpointError, Source, describe_misfit, find_backbone, is_fused, without_counters
+from .checkpoint import CheckpointError, describe_misfit, find_backbone, is_fused, source_of, without_counters
 from .names import WHOSE, origin_of, translate
 from .reparam import reparam_blocks, switch_to_deploy
 
@@ -258,7 +258,7 @@ class ReparamBackbone(BaseModule, ABC):
         Raises:
             CheckpointError: if a tensor of this network is missing or of another shape, or if one is unexplained.
         """
-        source = next((tensor.source for tensor in tensors.values() if hasattr(tensor, 'source')), Source())
+        source = source_of(tensors.values())
         names = translate(tensors)
         whole = {ours: tensors[name] for name, ours in names.items() if ours is not None}
         fused = is_fused(whole)

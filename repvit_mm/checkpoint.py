@@ -6,7 +6,7 @@ import pickle
 import re
 import socket
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mmengine.dist import barrier, get_rank
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .names import backbone_prefix
 
@@ -49,6 +50,10 @@ class Source:
     tap: str | None = None
 
 
+# Not an attribute of the tensors: it would be saved with them.
+_SOURCES: MutableMapping[Tensor, Source] = WeakTensorKeyDictionary()
+
+
 def history_getattr(owner: type, name: str) -> Callable:
     """What ``getattr`` stands for in MMEngine's checkpoints: one of the four statistics of a ``HistoryBuffer``.
 
@@ -78,7 +83,7 @@ def harmless_globals() -> list[Any]:
 def read_checkpoint(filename: str | Path, map_location: Any = None) -> Any:
     """Read a ``.pth`` or ``.safetensors`` file without running anything in it, unless :data:`TRUSTED` names it.
 
-    Each tensor of it remembers the file, so that what is said of it later can name it.
+    The file is remembered for each tensor, so that what is said of it later can name it.
 
     Args:
         filename: Path of the file.
@@ -210,10 +215,15 @@ def trained_tap(checkpoint: Any) -> str | None:
 
 
 def remember_source(checkpoint: Any, path: Path) -> None:
-    """Let each tensor know the file that it comes from, as its attribute ``source``."""
+    """Remember of each tensor the file that it comes from, for as long as the tensor lives."""
     source = Source(str(path), trained_tap(checkpoint))
     for tensor in tensors_of(checkpoint).values():
-        tensor.source = source
+        _SOURCES[tensor] = source
+
+
+def source_of(tensors: Iterable[Tensor]) -> Source:
+    """The file that tensors were read from, by the first one of which it is known."""
+    return next((_SOURCES[tensor] for tensor in tensors if tensor in _SOURCES), Source())
 
 
 def cached(address: str, folder: str | None = None) -> Path:

@@ -148,6 +148,12 @@ class TestVerdict:
             f'loaded; {len(weights) - count} set aside (classification head)'
         )
 
+    def test_what_was_read_can_be_saved_and_read_again(self, tmp_path, weights):
+        torch.save({'model': weights}, tmp_path / 'a.pth')
+        torch.save(read_checkpoint(tmp_path / 'a.pth'), tmp_path / 'b.pth')
+        again = read_checkpoint(tmp_path / 'b.pth')['model']
+        assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+
     def test_other_tap_is_warned_of(self, tmp_path, weights, log):
         detector = {f'backbone.{name}': tensor for name, tensor in weights.items()} | {'rpn_head.x': torch.zeros(1)}
         segmentor = {f'backbone.{name}': tensor for name, tensor in weights.items()} | {'decode_head.x': torch.zeros(1)}

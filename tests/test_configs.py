@@ -200,7 +200,7 @@ def test_ade20k_recipe(path):
     expected = (2e-4 - 1e-6) * (1 - iteration / 40000) ** 0.9 + 1e-6  # mmcv 1.x's poly decay, no warm-up
     np.testing.assert_allclose(walk_learning_rate(cfg, 40000, 40000), expected, rtol=1e-9)
 
-    assert cfg.train_cfg == dict(type='IterBasedTrainLoop', max_iters=40000, val_interval=4000, _scope_='mmseg')
+    assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval) == (40000, 4000)
     assert cfg.train_dataloader.batch_size == 4
     assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=32)
     by_type = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}

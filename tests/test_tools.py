@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 
 from repvit_mm import RepViT
@@ -304,7 +306,7 @@ WRONG = {
         ["no option 'norm_evil'", "nearest is 'norm_eval'"],
     ),
     'nothing to fuse': (
-        ['test.py', 'resnet.py', 'exists.pth', '--fuse'],
+        ['test.py', 'resnet.py', 'resnet.pth', '--fuse'],
         ['the model has no backbone of repvit_mm'],
     ),
     'config that cannot be read': (['train.py', 'broken.py'], ['config broken.py cannot be read']),
@@ -335,6 +337,9 @@ def wrong_folder(folder):
         "resnet = dict(_delete_=True, type='ResNet', depth=18)\n"
         'model = dict(backbone=resnet, neck=dict(in_channels=[64, 128, 256, 512]))\n'
     )
+    cfg = Config.fromfile(folder / 'resnet.py')
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        torch.save(MODELS.build(cfg.model).state_dict(), folder / 'resnet.pth')
     return folder
 
 

@@ -32,6 +32,10 @@ test_pipeline = [
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
+# A run that is killed at any moment goes on with --resume as if it had not been.
+default_hooks = dict(checkpoint=dict(type='ResumableCheckpointHook'))
+train_cfg = dict(type='ResumableIterBasedTrainLoop')
+
 # Decay applies to every parameter.
 optimizer = dict(_delete_=True, type='AdamW', lr=2e-4, weight_decay=1e-4)
 optim_wrapper = dict(optimizer=optimizer)

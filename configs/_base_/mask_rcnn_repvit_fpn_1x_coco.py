@@ -20,6 +20,9 @@ model = dict(
     ),
 )
 
+# A run that is killed at any moment goes on with --resume as if it had not been.
+default_hooks = dict(checkpoint=dict(type='ResumableCheckpointHook'))
+
 # Decay applies to every parameter, norms and biases too; gradients are not clipped.
 optim_wrapper = dict(optimizer=dict(_delete_=True, type='AdamW', lr=2e-4, weight_decay=0.05))
 # The scope keeps the schedulers MMEngine's own where this file is a base by its installed name, repvit_mm::...
