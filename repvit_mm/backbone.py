@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import cache
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -330,15 +331,16 @@ class ReparamBackbone(BaseModule, ABC):
         """
         shapes = without_counters(tensors)
         fused = is_fused(shapes)
-        archs = []
-        for arch in cls.specs:
-            with torch.device('meta'):
-                network = cls(arch)
-            if fused:
-                switch_to_deploy(network)
-            if without_counters(network.state_dict()) == shapes:
-                archs.append(arch)
+        archs = [arch for arch in cls.specs if cls._shapes(arch, fused) == shapes]
         return (archs, fused) if archs else None
+
+    @classmethod
+    @cache
+    def _shapes(cls, arch: str, fused: bool) -> dict[str, torch.Size]:
+        """The shapes of a variant's tensors by name."""
+        with torch.device('meta'):
+            network = cls(arch)
+        return without_counters((switch_to_deploy(network) if fused else network).state_dict())
 
     def _is_behind_last_tap(self, name: str) -> bool:
         """Whether a full network of this spec has a tensor of that name in a block that this network does not build."""

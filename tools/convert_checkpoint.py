@@ -86,23 +86,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         '--trust-checkpoint', action='store_true', help='let IN run code as it is read, if you trust whoever made it'
     )
     args = parser.parse_args(argv)
-    if args.output is None and not args.check:
-        parser.error('OUT is missing; --check alone says what IN is')
-    if args.output is not None and suffix_of(args.output) not in ('.pth', '.safetensors'):
+    if args.output is None:
+        if not args.check:
+            parser.error('OUT is missing; --check alone says what IN is')
+        return args
+    args.into_folder = args.output.endswith('/') or os.path.isdir(args.output)
+    args.suffix = '.pth' if args.into_folder else Path(args.output).suffix
+    if args.suffix not in ('.pth', '.safetensors'):
         sys.exit(f'{args.output}: expected a name that ends in .pth or .safetensors, or a folder')
-    if args.output is not None and args.keep_metadata and suffix_of(args.output) != '.pth':
+    if args.suffix != '.pth' and args.keep_metadata:
         sys.exit(f'--keep-metadata: {args.output} can hold nothing but tensors, take a name that ends in .pth')
     return args
-
-
-def is_folder(out: str) -> bool:
-    """Whether ``OUT`` is a folder, or one to make."""
-    return out.endswith('/') or os.path.isdir(out)
-
-
-def suffix_of(out: str) -> str:
-    """The suffix of the file to write."""
-    return '.pth' if is_folder(out) else Path(out).suffix
 
 
 def recognize(checkpoint: Any, file: str) -> Content:
@@ -173,31 +167,31 @@ def metadata_of(checkpoint: Mapping[str, Any], keep_all: bool) -> dict[str, Any]
     rest = {key: v for key, v in checkpoint.items() if key != container and not isinstance(v, Tensor)}
     if keep_all:
         return rest
-    meta = rest.get('meta')
-    classes = {key: meta[key] for key in CLASS_NAMES if key in meta} if isinstance(meta, Mapping) else {}
+    meta = rest['meta'] if isinstance(rest.get('meta'), Mapping) else {}
+    classes = {key: meta[key] for key in CLASS_NAMES if key in meta}
     return {'meta': classes} if classes else {}
 
 
-def lay_out(tensors: dict[str, Tensor], metadata: dict[str, Any], to: str, bare: bool) -> dict[str, Any]:
-    """What goes into a ``.pth`` file, as readers of that convention expect it."""
+def to_pth(tensors: dict[str, Tensor], metadata: dict[str, Any], to: str, bare: bool) -> bytes:
+    """A ``.pth`` file, laid out as readers of that convention expect it."""
     if to == 'ours':
-        return {'meta': {}, **metadata, 'state_dict': tensors}
-    if to == 'timm' and not metadata:
-        return tensors
-    return {**metadata, 'model' if to == 'authors' and bare else 'state_dict': tensors}
-
-
-def serialize(content: dict[str, Any], suffix: str) -> bytes:
-    """A file's bytes; in memory, because torch would write the file's name into them."""
-    if suffix == '.safetensors':
-        try:
-            from safetensors.torch import save
-        except ImportError:
-            sys.exit('.safetensors files need the package safetensors: pip install safetensors')
-        return save(content, {'format': 'pt'})
-    buffer = io.BytesIO()
+        content = {'meta': {}, **metadata, 'state_dict': tensors}
+    elif to == 'timm' and not metadata:
+        content = tensors
+    else:
+        content = {**metadata, 'model' if to == 'authors' and bare else 'state_dict': tensors}
+    buffer = io.BytesIO()  # into a file torch would write that file's name
     torch.save(content, buffer)
     return buffer.getvalue()
+
+
+def to_safetensors(tensors: dict[str, Tensor]) -> bytes:
+    """A ``.safetensors`` file; exits with one line without its package."""
+    try:
+        from safetensors.torch import save
+    except ImportError:
+        sys.exit('.safetensors files need the package safetensors: pip install safetensors')
+    return save(tensors, {'format': 'pt'})
 
 
 def write(data: bytes, target: Path, force: bool) -> None:
@@ -231,20 +225,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.fuse and content.fused:
         print(f'{args.input} is fused already')
     tensors, aside = convert(content, args.to, args.fuse and not content.fused)
-    suffix = suffix_of(args.output)
-    if suffix == '.pth':
-        metadata = metadata_of(checkpoint, args.keep_metadata)
-        data = serialize(lay_out(tensors, metadata, args.to, bare=not content.prefix), suffix)
+    if args.suffix == '.pth':
+        data = to_pth(tensors, metadata_of(checkpoint, args.keep_metadata), args.to, bare=not content.prefix)
     else:
-        data = serialize(tensors, suffix)
+        data = to_safetensors(tensors)
     target = Path(args.output)
-    if is_folder(args.output):
+    if args.into_folder:
         target /= f'{Path(args.input).stem}-{hashlib.sha256(data).hexdigest()[:8]}.pth'
     write(data, target, args.force)
-    print(
-        f'{target}: {len(tensors)} tensors, {WHOSE[args.to]} names'
-        + (f'; {aside} of classification heads set aside' if aside else '')
-    )
+    more = f'; {aside} of classification heads set aside' if aside else ''
+    print(f'{target}: {len(tensors)} tensors, {WHOSE[args.to]} names{more}')
 
 
 if __name__ == '__main__':
