@@ -331,13 +331,13 @@ class ReparamBackbone(BaseModule, ABC):
         """
         shapes = without_counters(tensors)
         fused = is_fused(shapes)
-        archs = [arch for arch in cls.specs if cls._shapes(arch, fused) == shapes]
+        archs = [arch for arch in cls.specs if cls.variant_shapes(arch, fused) == shapes]
         return (archs, fused) if archs else None
 
     @classmethod
     @cache
-    def _shapes(cls, arch: str, fused: bool) -> dict[str, torch.Size]:
-        """The shapes of a variant's tensors by name."""
+    def variant_shapes(cls, arch: str, fused: bool) -> dict[str, torch.Size]:
+        """The shapes of a variant's tensors by our names, batch counters left out; not to be changed."""
         with torch.device('meta'):
             network = cls(arch)
         return without_counters((switch_to_deploy(network) if fused else network).state_dict())

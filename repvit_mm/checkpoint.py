@@ -145,7 +145,7 @@ def read_pickle(path: Path, map_location: Any) -> Any:
             return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         if str(path) in TRUSTED:
-            return torch.load(path, map_location=map_location, weights_only=False)
+            return read_trusted(path, map_location)
         if match := re.search(r'GLOBAL (\S+)|may not look up (.*)', str(error)):
             what = match[1] or f'getattr of {match[2]}'
             raise CheckpointError(
@@ -155,6 +155,14 @@ def read_pickle(path: Path, map_location: Any) -> Any:
         raise CheckpointError(f'checkpoint {path} is damaged or no checkpoint ({one_line(error)})') from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         raise CheckpointError(f'checkpoint {path} is damaged or no checkpoint ({one_line(error)})') from None
+
+
+def read_trusted(path: Path, map_location: Any) -> Any:
+    """What a file of ``torch.save`` holds, with all that it runs."""
+    try:
+        return torch.load(path, map_location=map_location, weights_only=False)
+    except Exception as error:  # its own code may raise anything
+        raise CheckpointError(f'checkpoint {path} cannot be read ({one_line(error)})') from None
 
 
 def one_line(error: Exception) -> str:
@@ -203,11 +211,14 @@ def describe_misfit(missing: list[str], unexplained: list[str], reshaped: list[s
 def trained_tap(checkpoint: Any) -> str | None:
     """The tap that a detector's or segmentor's checkpoint was trained with, if it tells."""
     meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
-    config = meta.get('cfg') if isinstance(meta, Mapping) else None
+    meta = meta if isinstance(meta, Mapping) else {}
+    if isinstance(meta.get('tap'), str):  # a converted file says so
+        return meta['tap']
+    config = meta.get('cfg')
     if isinstance(config, str) and "type='RepViT'" in config:
         match = re.search(r"\btap='(\w+)'", config)
         return match[1] if match else 'stage_end'
-    names = tensors_of(checkpoint)
+    names = [name.removeprefix('module.') for name in tensors_of(checkpoint)]
     if any(name.startswith('backbone.features.') for name in names):
         # The authors' detectors, and their segmentors, of the MMDetection 2.x era.
         return 'pre_downsample' if any(name.startswith('rpn_head.') for name in names) else 'stage_end'

@@ -190,7 +190,10 @@ class TestDetector:
         main([str(detector), str(tmp_path / 'a.pth')])
         assert 'backbone tensors under backbone.*, 2 of other parts of a model' in capsys.readouterr().out
         converted = read(tmp_path / 'a.pth')
-        assert converted.keys() == {'state_dict', 'meta'} and converted['meta'] == {'CLASSES': ('cat', 'dog')}
+        assert converted.keys() == {'state_dict', 'meta'} and converted['meta'] == {
+            'CLASSES': ('cat', 'dog'),
+            'tap': 'pre_downsample',
+        }
         tensors = converted['state_dict']
         assert torch.equal(tensors.pop('neck.bias'), torch.arange(5.0))
         assert torch.equal(tensors.pop('rpn_head.rpn_cls.weight'), torch.ones(3, 4, 1, 1))

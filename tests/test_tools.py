@@ -258,7 +258,7 @@ WRONG = {
             '--pretrained none',
         ],
     ),
-    'no checkpoint': (['test.py', DETECTION, 'absent.pth'], ['CHECKPOINT: checkpoint absent.pth not found']),
+    'no checkpoint': (['test.py', DETECTION, 'absent.pth'], ['checkpoint absent.pth not found']),
     'typo in the checkpoint': (
         ['test.py', DETECTION, 'exist.pth'],
         ['exist.pth not found', 'the nearest is exists.pth'],

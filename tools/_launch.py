@@ -149,13 +149,13 @@ def check_data(cfg: Config, *splits: str) -> None:
             )
 
 
-def check_checkpoint(path: str, option: str) -> None:
-    """Exit with one line unless a checkpoint that is given as a path, not as an address, is a file."""
+def check_checkpoint(path: str, option: str = '') -> None:
+    """Exit with one line, which names the option, unless a checkpoint that is given as a path is a file."""
     if '://' not in path:
         try:
             check_file(Path(path).expanduser())
         except CheckpointError as error:
-            sys.exit(f'{option}: {error}')
+            sys.exit(f'{option}: {error}' if option else str(error))
 
 
 def prepare_pretrained(cfg: Config, pretrained: str | None) -> None:

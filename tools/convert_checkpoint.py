@@ -24,6 +24,7 @@ from repvit_mm.checkpoint import (
     one_line,
     read_checkpoint,
     tensors_of,
+    trained_tap,
     without_counters,
 )
 from repvit_mm.names import WHOSE, backbone_prefix, origin_of, translate
@@ -129,11 +130,7 @@ def recognize(checkpoint: Any, file: str) -> Content:
 def misfit(tensors: Mapping[str, Tensor]) -> str:
     """What keeps a backbone's tensors, by our names, from being those of the variant nearest to them."""
     shapes = without_counters(tensors)
-    variants = {}
-    for arch in RepViT.specs:
-        with torch.device('meta'):
-            network = RepViT(arch)
-        variants[arch] = without_counters((switch_to_deploy(network) if is_fused(shapes) else network).state_dict())
+    variants = {arch: RepViT.variant_shapes(arch, is_fused(shapes)) for arch in RepViT.specs}
     nearest = max(variants, key=lambda arch: len(variants[arch].items() & shapes.items()))
     own = variants[nearest]
     missing = [name for name in own if name not in shapes]
@@ -162,14 +159,16 @@ def convert(content: Content, to: str, fuse: bool) -> tuple[dict[str, Tensor], i
 
 
 def metadata_of(checkpoint: Mapping[str, Any], keep_all: bool) -> dict[str, Any]:
-    """What a checkpoint keeps beside its tensors: everything, or only what names its classes."""
+    """What a checkpoint keeps beside its tensors: everything, or only what names its classes and its tap."""
     container = next((key for key in CONTAINERS if isinstance(checkpoint.get(key), Mapping)), None)
     rest = {key: v for key, v in checkpoint.items() if key != container and not isinstance(v, Tensor)}
     if keep_all:
         return rest
     meta = rest['meta'] if isinstance(rest.get('meta'), Mapping) else {}
-    classes = {key: meta[key] for key in CLASS_NAMES if key in meta}
-    return {'meta': classes} if classes else {}
+    kept = {key: meta[key] for key in CLASS_NAMES if key in meta}
+    if tap := trained_tap(checkpoint):  # which new names would hide
+        kept['tap'] = tap
+    return {'meta': kept} if kept else {}
 
 
 def to_pth(tensors: dict[str, Tensor], metadata: dict[str, Any], to: str, bare: bool) -> bytes:

@@ -139,7 +139,7 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
     """Put the command line into the config; exits with one line where the two do not fit."""
     if args.trust_checkpoint:
         trust(args.checkpoint)
-    check_checkpoint(args.checkpoint, 'CHECKPOINT')
+    check_checkpoint(args.checkpoint)
     cfg.load_from = args.checkpoint
     if args.eval:
         choose_metrics(cfg, args.eval)
