@@ -5,6 +5,8 @@ from importlib import metadata
 
 # Module -> (names it is distributed under, first version that will do, first that will not).
 FRAMEWORKS = {
+    # The first that reads with weights_only=True and an allow-list under names of our choice.
+    'torch': (('torch',), '2.6.0', '3.0.0'),
     'mmengine': (('mmengine', 'mmengine-lite', 'onedl-mmengine'), '0.8.0', '1.0.0'),
     'mmcv': (('mmcv', 'mmcv-full', 'mmcv-lite', 'onedl-mmcv'), '2.0.0', '3.0.0'),
     'mmdet': (('mmdet', 'onedl-mmdetection'), '3.0.0', '4.0.0'),

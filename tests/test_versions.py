@@ -71,6 +71,7 @@ WRONG = [
     ({'mmcv': '3.0'}, 'mmcv>=2.0.0,<3.0.0', 'mmcv 3.0'),
     ({'mmdet': '2.28.2'}, 'mmdet>=3.0.0,<4.0.0', 'mmdet 2.28.2'),
     ({'mmsegmentation': '0.30.0'}, 'mmseg>=1.0.0,<2.0.0', 'mmseg 0.30.0'),
+    ({'torch': '2.5.1+cu121'}, 'torch>=2.6.0,<3.0.0', 'torch 2.5.1+cu121'),
     ({'mmengine': '0.7.4'}, 'mmengine>=0.8.0,<1.0.0', 'mmengine 0.7.4'),
 ]
 
