@@ -15,6 +15,7 @@ from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 
 from repvit_mm import RepViT
+from repvit_mm.checkpoint import read_checkpoint
 from repvit_mm.datasets.shapes import write_shapes
 
 ROOT = Path(__file__).parents[1]
@@ -113,9 +114,7 @@ def test_resume_goes_on_from_the_latest_checkpoint(folder, trained, config):
     work_dir = ['--work-dir', config.stem]
     log = succeed(folder, 'train.py', config, '--resume', *work_dir, '--cfg-options', *SHORT[config], *longer)
     assert f'resumed epoch: {1 if config is DETECTION else 0}, iter: {2 if config is DETECTION else 3}' in log
-    latest = torch.load(
-        folder / config.stem / ('epoch_2.pth' if config is DETECTION else 'iter_6.pth'), weights_only=False
-    )
+    latest = read_checkpoint(folder / config.stem / ('epoch_2.pth' if config is DETECTION else 'iter_6.pth'))
     assert latest['meta']['iter'] == (4 if config is DETECTION else 6)
     path = trained[config]
     log = succeed(folder, 'train.py', config, '--resume', path, *work_dir, '--cfg-options', *SHORT[config], *longer)
@@ -125,9 +124,7 @@ def test_resume_goes_on_from_the_latest_checkpoint(folder, trained, config):
 @pytest.mark.slow
 def test_pretrained_file_reaches_the_backbone(folder, trained):
     """The authors' layout: weights under `model`."""
-    weights = {
-        name: tensor + 0 for name, tensor in torch.load(trained[DETECTION], weights_only=False)['state_dict'].items()
-    }
+    weights = {name: tensor + 0 for name, tensor in read_checkpoint(trained[DETECTION])['state_dict'].items()}
     backbone = {name.removeprefix('backbone.'): t for name, t in weights.items() if name.startswith('backbone.')}
     torch.save({'model': backbone}, folder / 'pretrained.pth')
     options = [
@@ -149,7 +146,7 @@ def test_pretrained_file_reaches_the_backbone(folder, trained):
         '--cfg-options',
         *options,
     )
-    learned = torch.load(work_dir / 'iter_1.pth', weights_only=False)['state_dict']
+    learned = read_checkpoint(work_dir / 'iter_1.pth')['state_dict']
     parameters = [
         name for name in backbone if not name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))
     ]
@@ -182,7 +179,7 @@ def test_distributed_launchers(folder):
     )  # fmt: skip
     assert train.returncode == 0, train.stderr[-3000:]
     checkpoint = folder / 'distributed/epoch_1.pth'
-    assert torch.load(checkpoint, weights_only=False)['meta']['iter'] == 1  # 8 images, 2 processes, 4 each
+    assert read_checkpoint(checkpoint)['meta']['iter'] == 1  # 8 images, 2 processes, 4 each
     test = run(
         folder,
         [TOOLS / 'dist_test.sh'],

@@ -92,7 +92,7 @@ def build_runner(cfg: Config, *loops: str) -> Runner:
         cfg: The config.
         loops: ``'train_loop'``, ``'val_loop'`` or ``'test_loop'``: those that will run, with their data sets.
     """
-    if cfg.launcher == 'pytorch' and get_device() == 'cpu':
+    if cfg.get('launcher') == 'pytorch' and get_device() == 'cpu':
         # MMEngine wants a GPU for each process; it takes a group that is there already as it is.
         torch.distributed.init_process_group('gloo')
         cfg.setdefault('model_wrapper_cfg', dict(type='MMDistributedDataParallel', device_ids=None))
