@@ -372,6 +372,7 @@ def test_wrong_use_gets_one_line(arguments, message):
         main(arguments)
 
 
+@pytest.mark.slow
 def test_as_a_program(tmp_path, smallest):
     done = run(smallest, tmp_path / 'a.pth', '--to', 'timm', '--fuse')
     assert done.returncode == 0 and 'Warning' not in done.stderr

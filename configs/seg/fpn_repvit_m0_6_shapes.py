@@ -46,7 +46,7 @@ train_dataloader = dict(batch_size=8, num_workers=2, dataset=dict(dataset, pipel
 val_dataloader = dict(num_workers=2, dataset=dict(dataset, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-max_iters = 400
+max_iters = 450
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 default_hooks = dict(checkpoint=dict(interval=max_iters))
 optimizer = dict(lr=1e-3)
