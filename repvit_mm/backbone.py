@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .checkpoint import CheckpointError, describe_misfit, find_backbone, is_fused, source_of, without_counters
 from .names import WHOSE, origin_of, translate
-from .reparam import reparam_blocks, switch_to_deploy
+from .reparam import ReparamBlock, kernels_together, reparam_blocks, runs_eagerly, switch_to_deploy
 
 NUM_STAGES = 4
 
@@ -94,6 +94,8 @@ class ReparamBackbone(BaseModule, ABC):
         norm_eval: Keep all BatchNorm statistics frozen during training; weights and biases go on learning.
         frozen_stages: -1 freezes nothing, 0 the stem, k also the first k stages: statistics and parameters.
         with_cp: Recompute each block in the backward pass instead of keeping its maps.
+        fold_frozen: Run each block whose statistics are frozen as the one convolution that it equals, and recompute in
+            the backward pass what lies between the 1x1 convolutions; ``False`` runs and keeps every branch.
         deploy: Build the network with its blocks already fused.
         init_cfg: Initialization, as everywhere in MMEngine.
     """
@@ -112,6 +114,7 @@ class ReparamBackbone(BaseModule, ABC):
         norm_eval: bool,
         frozen_stages: int,
         with_cp: bool,
+        fold_frozen: bool,
         deploy: bool,
         init_cfg: dict | list[dict] | None,
     ) -> None:
@@ -146,6 +149,9 @@ class ReparamBackbone(BaseModule, ABC):
         stages[-1] = stages[-1][: max(self._tapped)[1] + 1]
         self.stages = nn.ModuleList(nn.Sequential(*blocks) for blocks in stages)
 
+        for module in self.modules():
+            if isinstance(module, ReparamBlock):
+                module.folds = fold_frozen
         if deploy:
             switch_to_deploy(self)
             self.eval()
@@ -198,13 +204,19 @@ class ReparamBackbone(BaseModule, ABC):
         Returns:
             For each stage ``i`` in ``out_indices`` a map ``(N, C_i, ceil(H / s), ceil(W / s))``, ``s = 4 * 2 ** i``.
         """
-        x = self._run(self.stem, x)
-        maps = []
-        for i, stage in enumerate(self.stages):
-            for j, block in enumerate(stage):
-                x = self._run(block, x)
-                if (i, j) in self._tapped:
-                    maps.append(x)
+        learns, eager, on_cpu = torch.is_grad_enabled(), runs_eagerly(), x.device.type == 'cpu'
+        if eager and on_cpu and not learns:
+            x = x.contiguous(memory_format=torch.channels_last)  # in which a CPU's convolutions are faster
+        # With checkpointing, a block's second run has to do what its first one did.
+        together = eager and learns and not on_cpu and not self.with_cp
+        with kernels_together(self) if together else nullcontext():
+            x = self._run(self.stem, x)
+            maps = []
+            for i, stage in enumerate(self.stages):
+                for j, block in enumerate(stage):
+                    x = self._run(block, x)
+                    if (i, j) in self._tapped:
+                        maps.append(x)
         return tuple(maps)
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .reparam import Kernel, ReparamBlock, conv_kernel, fold_norm
+from .reparam import Kernel, ReparamBlock, conv_kernel, fold_norm, runs_eagerly
 
 
 class ConvBN(ReparamBlock):
@@ -39,6 +39,19 @@ class ConvBN(ReparamBlock):
         return fold_norm(conv_kernel(self.conv), self.bn)
 
 
+class GELU(nn.GELU):
+    """Exact GELU; where no gradient is recorded it overwrites its input, which must be nobody else's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.is_grad_enabled() or not runs_eagerly() else torch.ops.aten.gelu_(x)
+
+
+def add_residual(x: Tensor, branch: Tensor) -> Tensor:
+    """``x + branch``; where no gradient is recorded it overwrites ``branch``, which must be nobody else's."""
+    overwrites = not torch.is_grad_enabled() and runs_eagerly() and branch.dtype is x.dtype
+    return branch.add_(x) if overwrites else x + branch
+
+
 class SqueezeExcite(nn.Module):
     """Squeeze-and-excitation (https://arxiv.org/abs/1709.01507): gates each channel by the image's mean of all.
 
@@ -53,9 +66,12 @@ class SqueezeExcite(nn.Module):
         self.act = nn.ReLU()
         self.fc2 = nn.Conv2d(hidden_channels, channels, 1)
 
+    def gate(self, x: Tensor) -> Tensor:
+        """The gate of each channel, ``(N, C, 1, 1)``, in (0, 1)."""
+        return self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True))))
-        return x * gate.sigmoid()
+        return x * self.gate(x)
 
 
 class StochasticDepth(nn.Module):

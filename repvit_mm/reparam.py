@@ -9,10 +9,11 @@ its equivalent kernel as a differentiable function of its own parameters. Three 
 """
 
 import copy
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Kernel(NamedTuple):
-    """A convolution as two tensors: weight ``(C_out, C_in / groups, kH, kW)`` and bias ``(C_out,)``."""
+    """A convolution as two tensors: weight ``(C_out, C_in / groups, kH, kW)`` and bias ``(C_out,)``.
+
+    All that computes kernels takes stacks of them too, with the same further dimensions in front of both tensors.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -29,13 +33,13 @@ class Kernel(NamedTuple):
 
 def conv_kernel(conv: nn.Conv2d) -> Kernel:
     """The kernel of a convolution; a missing bias is zero."""
-    bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
+    bias = conv.weight.new_zeros(conv.weight.shape[:-3]) if conv.bias is None else conv.bias
     return Kernel(conv.weight, bias)
 
 
 def identity_kernel(like: Kernel) -> Kernel:
     """The kernel that leaves a map as it is, for the channels, groups, size, dtype and device of ``like``."""
-    out_channels, in_channels_per_group, height, width = like.weight.shape
+    out_channels, in_channels_per_group, height, width = like.weight.shape[-4:]
     # Output channel c of a group takes its input channel c. Not nn.init.dirac_, which takes a step for each channel.
     centre = torch.eye(in_channels_per_group, dtype=like.weight.dtype, device=like.weight.device)
     centre = centre.repeat(out_channels // in_channels_per_group, 1)[:, :, None, None]
@@ -45,7 +49,7 @@ def identity_kernel(like: Kernel) -> Kernel:
 
 def pad_kernel(kernel: Kernel, size: tuple[int, int]) -> Kernel:
     """The same convolution with a larger kernel of ``size`` (kH, kW), zero around the old one."""
-    (height, width), (old_height, old_width) = size, kernel.weight.shape[2:]
+    (height, width), (old_height, old_width) = size, kernel.weight.shape[-2:]
     more_y, more_x = int(height - old_height), int(width - old_width)  # sizes are tensors while a network is traced
     if more_y < 0 or more_x < 0 or more_y % 2 or more_x % 2:
         raise ValueError(f'cannot centre a {old_height}x{old_width} kernel in a {height}x{width} one')
@@ -57,7 +61,7 @@ def add_kernels(first: Kernel, *others: Kernel) -> Kernel:
     """The sum of parallel convolutions; the first one has the largest kernel."""
     weight, bias = first
     for other in others:
-        padded = pad_kernel(other, weight.shape[2:])
+        padded = pad_kernel(other, weight.shape[-2:])
         weight, bias = weight + padded.weight, bias + padded.bias
     return Kernel(weight, bias)
 
@@ -70,13 +74,48 @@ def fold_norm(kernel: Kernel, norm: _BatchNorm) -> Kernel:
     """
     if norm.running_mean is None:
         raise ValueError(f'{norm} keeps no running statistics: only a norm with track_running_stats=True can be folded')
+    # In few steps: on a GPU each of them is a kernel launch, for every block in every iteration.
     scale = torch.rsqrt(norm.running_var + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight
-    shift = -norm.running_mean * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias
-    return Kernel(kernel.weight * scale.view(-1, 1, 1, 1), kernel.bias * scale + shift)
+    centred = kernel.bias - norm.running_mean
+    bias = centred * scale if norm.bias is None else torch.addcmul(norm.bias, centred, scale)
+    return Kernel(kernel.weight * scale[..., None, None, None], bias)
+
+
+def runs_eagerly() -> bool:
+    """Whether operations run one by one as they are called, and are not being compiled, traced or exported."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting())
+
+
+def tree_of(module: nn.Module) -> list[nn.Module]:
+    """A module and all below it. As ``modules()``, in a fraction of the time, which counts in every pass."""
+    tree = [module]
+    for parent in tree:
+        tree.extend(child for child in parent._modules.values() if child is not None)
+    return tree
+
+
+class KeptKernel:
+    """A kernel and the state of the tensors that it was computed from.
+
+    Args:
+        kernel: The kernel.
+        tensors: All parameters and buffers that it depends on.
+    """
+
+    def __init__(self, kernel: Kernel, tensors: list[Tensor]) -> None:
+        self.kernel = kernel
+        self.tensors = tensors
+        self.versions = [tensor._version for tensor in tensors]
+
+    def is_of(self, tensors: list[Tensor]) -> bool:
+        """Whether these are the very tensors, unchanged as far as their version counters tell."""
+        return (
+            len(tensors) == len(self.tensors)
+            and all(map(operator.is_, tensors, self.tensors))
+            and [tensor._version for tensor in tensors] == self.versions
+        )
 
 
 class ReparamBlock(nn.Module, ABC):
@@ -99,6 +138,8 @@ class ReparamBlock(nn.Module, ABC):
         self.stride = stride
         self.padding = padding
         self.groups = groups
+        self._kept: KeptKernel | None = None
+        self._shared: Kernel | None = None  # see kernels_together
 
     @abstractmethod
     def branches(self, x: Tensor) -> Tensor:
@@ -112,15 +153,63 @@ class ReparamBlock(nn.Module, ABC):
         """Whether every BatchNorm of the block is a fixed affine map (``eval`` mode, running statistics kept)."""
         return all(
             not module.training and module.running_mean is not None
-            for module in self.modules()
+            for module in tree_of(self)
             if isinstance(module, _BatchNorm)
         )
 
+    def runs_folded(self) -> bool:
+        """Whether :meth:`forward` runs one convolution, not the branches."""
+        return self.folds and self.statistics_frozen()
+
+    def kernel(self) -> Kernel:
+        """:meth:`equivalent_kernel`, computed once for as long as no gradient flows into it and nothing has changed.
+
+        Changes are noticed by the identity and the version counters of all parameters and buffers. An optimizer or an
+        average that writes past those counters goes unnoticed only between two passes without gradients in one and
+        the same mode: a pass with gradients, ``train()``, ``eval()``, ``load_state_dict()`` and ``to()`` drop what is
+        kept.
+        """
+        if self._shared is not None:
+            return self._shared
+        if not runs_eagerly():
+            return self.equivalent_kernel()
+        tensors = [
+            tensor
+            for module in tree_of(self)
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        ]
+        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if learns or any(tensor.is_inference() for tensor in tensors):  # the latter have no version counters
+            self._kept = None
+            return self.equivalent_kernel()
+        if self._kept is None or not self._kept.is_of(tensors):
+            # What inference mode makes could not be used outside it.
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = KeptKernel(self.equivalent_kernel(), tensors)
+        return self._kept.kernel
+
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.folds and self.statistics_frozen()):
-            return self.branches(x)
-        weight, bias = self.equivalent_kernel()
+        return self.convolve(x, *self.kernel()) if self.runs_folded() else self.branches(x)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The equivalent convolution with the given kernel, ``(N, C_in, H, W)`` to ``(N, C_out, H', W')``."""
         return F.conv2d(x, weight, bias, self.stride, self.padding, groups=self.groups)
+
+    def train(self, mode: bool = True) -> 'ReparamBlock':
+        self._kept = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> 'ReparamBlock':
+        self._kept = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._kept = None
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_kept': None, '_shared': None}
 
     @torch.no_grad()
     def to_conv(self) -> nn.Conv2d:
@@ -176,6 +265,69 @@ def switch_to_deploy(model: nn.Module) -> nn.Module:
             if child in convs:
                 setattr(parent, name, convs[child])
     return convs.get(model, model)
+
+
+def stack(modules: Sequence[nn.Module]) -> nn.Module:
+    """A module like each of ``modules``, its floating-point tensors stacks of theirs along a new first dimension."""
+
+    def tensors(kind: str) -> dict[str, Tensor | None]:
+        columns = {name: [getattr(module, kind)[name] for module in modules] for name in getattr(first, kind)}
+        return {
+            name: torch.stack(column) if column[0] is not None and column[0].is_floating_point() else None
+            for name, column in columns.items()
+        }
+
+    first = modules[0]
+    stacked = type(first).__new__(type(first))
+    stacked.__dict__.update(first.__dict__)
+    stacked.__dict__.update(
+        _parameters=tensors('_parameters'),
+        _buffers=tensors('_buffers'),
+        _modules={
+            name: child if child is None else stack([module._modules[name] for module in modules])
+            for name, child in first._modules.items()
+        },
+    )
+    return stacked
+
+
+def equivalent_kernels(blocks: Iterable[ReparamBlock]) -> dict[ReparamBlock, Kernel]:
+    """The equivalent kernels of many blocks, those of blocks of one kind and size computed together.
+
+    A fraction of the operations of folding block by block, at the price of copying the parameters: what a GPU wants,
+    where each of these operations takes longer to launch than to run.
+    """
+    alike: dict[Any, list[ReparamBlock]] = {}
+    for block in blocks:
+        kind = tuple(
+            (type(module), getattr(module, 'eps', None), tensor is None or (tensor.shape, tensor.dtype, tensor.device))
+            for module in tree_of(block)
+            for tensor in (*module._parameters.values(), *module._buffers.values(), None)
+        )
+        alike.setdefault(kind, []).append(block)
+    kernels = {}
+    for group in alike.values():
+        weights, biases = stack(group).equivalent_kernel()
+        kernels.update(zip(group, map(Kernel, weights.unbind(), biases.unbind()), strict=True))
+    return kernels
+
+
+@contextmanager
+def kernels_together(model: nn.Module) -> Iterator[None]:
+    """Within the context the frozen blocks of ``model`` that learn use kernels computed together at its beginning."""
+    blocks = [
+        block
+        for block in reparam_blocks(model)
+        if block.runs_folded() and any(parameter.requires_grad for parameter in block.parameters())
+    ]
+    kernels = equivalent_kernels(dict.fromkeys(blocks))
+    for block, kernel in kernels.items():
+        block._kept, block._shared = None, kernel
+    try:
+        yield
+    finally:
+        for block in kernels:
+            block._shared = None
 
 
 @contextmanager

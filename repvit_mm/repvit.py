@@ -7,12 +7,13 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from .backbone import ReparamBackbone, refuse_unknown
-from .layers import ConvBN, SqueezeExcite, StochasticDepth
+from .layers import GELU, ConvBN, SqueezeExcite, StochasticDepth, add_residual
+from .recompute import conv_after
 from .reparam import Kernel, ReparamBlock, add_kernels, conv_kernel, fold_norm, identity_kernel
 from .specs import REPVIT_SPECS, RepViTSpec
 
 
-class Stem(nn.Sequential):
+class Stem(nn.Module):
     """Two 3x3 stride-2 convolutions with a GELU between them.
 
     Args:
@@ -22,8 +23,11 @@ class Stem(nn.Sequential):
     def __init__(self, out_channels: int) -> None:
         super().__init__()
         self.conv1 = ConvBN(3, out_channels // 2, 3, stride=2)
-        self.act = nn.GELU()
+        self.act = GELU()
         self.conv2 = ConvBN(out_channels // 2, out_channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv_after(self.act, self.conv2, self.conv1(x))[0]
 
 
 class TokenMixer(ReparamBlock):
@@ -67,15 +71,19 @@ class ChannelMixer(nn.Module):
     def __init__(self, channels: int, drop_path_rate: float) -> None:
         super().__init__()
         self.expand = ConvBN(channels, 2 * channels)
-        self.act = nn.GELU()
+        self.act = GELU()
         self.project = ConvBN(2 * channels, channels, norm_weight=0.0)
         self.drop_path = StochasticDepth(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.project(self.act(self.expand(x))))
+        return self.after_expand(x, self.expand(x))
+
+    def after_expand(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """The mixer's output for its input ``x`` and ``hidden = expand(x)``."""
+        return add_residual(x, self.drop_path(conv_after(self.act, self.project, hidden)[0]))
 
 
-class Block(nn.Sequential):
+class Block(nn.Module):
     """Stride-1 block: token mixer, squeeze-and-excitation if asked for, channel mixer.
 
     Args:
@@ -88,13 +96,16 @@ class Block(nn.Sequential):
     def __init__(self, channels: int, norm_after_sum: bool, with_se: bool, drop_path_rate: float) -> None:
         super().__init__()
         self.token_mixer = TokenMixer(channels, norm_after_sum)
-        if with_se:
-            # A quarter of the width, to the nearest multiple of 8 (halves go up).
-            self.se = SqueezeExcite(channels, max(8, (channels + 16) // 32 * 8))
+        # A quarter of the width, to the nearest multiple of 8 (halves go up).
+        self.se = SqueezeExcite(channels, max(8, (channels + 16) // 32 * 8)) if with_se else None
         self.channel_mixer = ChannelMixer(channels, drop_path_rate)
 
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, x = conv_after(self.token_mixer, self.channel_mixer.expand, x, self.se)
+        return self.channel_mixer.after_expand(x, hidden)
 
-class Downsample(nn.Sequential):
+
+class Downsample(nn.Module):
     """Stride-2 block: 3x3 depthwise for space, 1x1 for channels, channel mixer.
 
     Args:
@@ -108,6 +119,9 @@ class Downsample(nn.Sequential):
         self.spatial = ConvBN(in_channels, in_channels, 3, stride=2, groups=in_channels)
         self.channel = ConvBN(in_channels, out_channels)
         self.channel_mixer = ChannelMixer(out_channels, drop_path_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.channel_mixer(conv_after(self.spatial, self.channel, x)[0])
 
 
 @MODELS.register_module()
@@ -123,9 +137,11 @@ class RepViT(ReparamBackbone):
         tap: ``'stage_end'`` takes the map behind a stage's last block, as the authors' ADE20K models do;
             ``'pre_downsample'`` the one before it in stages 0 to 2, as their COCO models do.
         norm_eval: Keep all BatchNorm statistics frozen during training; weights and biases go on learning. Every
-            block then runs, and learns, as one convolution.
+            block then runs, and learns, as one convolution, unless ``fold_frozen=False``.
         frozen_stages: -1 freezes nothing, 0 the stem, k also the first k stages.
         with_cp: Recompute each block in the backward pass instead of keeping its maps.
+        fold_frozen: Run each block whose statistics are frozen as the one convolution that it equals, and recompute in
+            the backward pass what lies between the 1x1 convolutions; ``False`` runs and keeps every branch.
         deploy: Build the network with its blocks already fused; it cannot be trained.
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0 at the first one.
         init_cfg: Initialization, e.g. ``dict(type='Pretrained', checkpoint=...)``; the authors' files load as they are.
@@ -147,13 +163,16 @@ class RepViT(ReparamBackbone):
         norm_eval: bool = False,
         frozen_stages: int = -1,
         with_cp: bool = False,
+        fold_frozen: bool = True,
         deploy: bool = False,
         drop_path_rate: float = 0.0,
         init_cfg: dict | list[dict] | None = None,
         **unknown: Any,
     ) -> None:
         refuse_unknown(type(self), unknown)
-        super().__init__(arch, out_indices, tap, drop_path_rate, norm_eval, frozen_stages, with_cp, deploy, init_cfg)
+        super().__init__(
+            arch, out_indices, tap, drop_path_rate, norm_eval, frozen_stages, with_cp, fold_frozen, deploy, init_cfg
+        )
 
     def _make_stem(self) -> nn.Module:
         return Stem(self.spec.channels[0])

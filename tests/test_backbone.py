@@ -8,7 +8,8 @@ import math
 import pickle
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -17,13 +18,15 @@ from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from repvit_mm import RepViT, switch_to_deploy
 from repvit_mm.backbone import ReparamBackbone
 from repvit_mm.checkpoint import CheckpointError
 from repvit_mm.layers import StochasticDepth
-from repvit_mm.reparam import ReparamBlock, plain_formulation, reparam_blocks
+from repvit_mm.reparam import ReparamBlock, kernels_together, plain_formulation, reparam_blocks
 
+FIRST_GOLDENS = list({golden.backbone: golden for golden in reversed(GOLDENS)}.values())
 SUBSETS = [subset for size in range(1, 5) for subset in itertools.combinations(range(4), size)]
 
 
@@ -275,6 +278,131 @@ class TestFolding:
         actual = gradients(network, x.double())
         assert max(relative_error(gradient, expected[name]) for name, gradient in actual.items()) > 1e-6
 
+    def test_option_turns_it_off(self, build, x, monkeypatch):
+        network = build(norm_eval=True, fold_frozen=False).train()
+        for block in reparam_blocks(network):
+            monkeypatch.setattr(block, 'equivalent_kernel', None)
+        total(network(x)).backward()
+        actual = gradients(build(norm_eval=True).train(), x)
+        assert max(relative_error(actual[name], p.grad) for name, p in network.named_parameters()) < 1e-4
+
+    def test_gradients_with_kernels_computed_together(self, build, x):
+        """As on a GPU."""
+        network = build(norm_eval=True, frozen_stages=1).double().train()
+        x, leaves = x.double(), [p for p in network.parameters() if p.requires_grad]
+        with plain_formulation(network):
+            expected = torch.autograd.grad(total(network(x)), leaves)
+        with kernels_together(network):
+            loss = total(network(x))
+        assert max(map(relative_error, torch.autograd.grad(loss, leaves), expected)) < 1e-9
+
+    def test_no_map_between_convolutions_is_kept_but_for_pre_activations(self, build, x):
+        """Each map that is kept is the input of a block or what an activation was applied to."""
+        network = build(norm_eval=True).train()
+        kept = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.dim() == 4 and len(tensor) == len(x) and tensor.shape[2] > 1:  # no kernel, no gate
+                kept[tensor.data_ptr()] = tensor
+            return tensor
+
+        inputs = []
+        for block in [network.stem, *(block for stage in network.stages for block in stage)]:
+            block.register_forward_pre_hook(lambda block, args: inputs.append(args[0]))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            network(x)
+        between = [t for t in kept.values() if all(t.data_ptr() != i.data_ptr() for i in inputs)]
+        activations = sum(isinstance(module, nn.GELU) for module in network.modules())
+        downsamples = len(network.stages) - 1  # whose pointwise convolution's output enters the channel mixer
+        assert len(between) == activations + downsamples
+
+    @pytest.mark.parametrize('golden', FIRST_GOLDENS, ids=lambda golden: golden.name)
+    def test_gradients_in_float32_and_under_autocast(self, golden):
+        """Distances from float64, each over all parameters: tiny, and no larger than that of the branches."""
+        network = golden.backbone(golden.arch, norm_eval=True).train()
+        network.load_state_dict(golden.state_dict())
+        x = torch.cat([image(), image().flip(-1)])
+        flat = torch.nn.utils.parameters_to_vector
+        exact = flat(list(gradients(copy.deepcopy(network).double(), x.double()).values())[:-1])
+
+        def distance(autocast: bool) -> float:
+            with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+                loss = total([m.float() for m in network(x)])
+            return relative_error(flat(torch.autograd.grad(loss, list(network.parameters()))), exact)
+
+        assert distance(autocast=False) < 1e-4
+        with plain_formulation(network):
+            expected = distance(autocast=True)
+        assert 1e-4 < distance(autocast=True) < 1.1 * expected
+
+    @torch.no_grad()
+    def test_unfused_network_without_gradients_runs_the_fused_one(self, build, x):
+        """Operation by operation, from the second pass on."""
+
+        def operations(network: ReparamBackbone) -> list[str]:
+            with Operations() as seen:
+                network(x)
+            return seen.names
+
+        network = build().eval()
+        first, second = operations(network), operations(network)
+        assert second == operations(switch_to_deploy(network))
+        assert len(first) > len(second)
+
+    def test_without_gradients_nothing_of_the_callers_is_overwritten(self, build, x):
+        network, before = build().eval(), x.clone()
+        inputs, outputs = [], []
+        for stage in network.stages:
+            for block in stage:
+                block.register_forward_hook(lambda block, args, out: outputs.append((out, out.clone())))
+                block.register_forward_pre_hook(lambda block, args: inputs.append((args[0], args[0].clone())))
+        with torch.no_grad():
+            network(x)
+        assert torch.equal(x, before)
+        assert all(torch.equal(now, then) for now, then in [*inputs, *outputs])
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations within its context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def distributed_gradients(rank: int, folder: str, make: Callable[[], ReparamBackbone], x: Tensor) -> None:
+    """One of two processes: each gets half of the batch; the first one writes the averaged gradients."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', f'file://{folder}/store', rank=rank, world_size=2)
+    network = nn.parallel.DistributedDataParallel(make())
+    for _ in range(2):  # DDP rearranges its buckets after the first step
+        network.zero_grad()
+        total(network(x.chunk(2)[rank])).backward()
+    if rank == 0:
+        torch.save({n: p.grad for n, p in network.module.named_parameters()}, f'{folder}/gradients.pth')
+    torch.distributed.destroy_process_group()
+
+
+def small_frozen(name: str) -> ReparamBackbone:
+    cls, arch = SMALL[name]
+    return randomize(cls(arch, norm_eval=True)).double().train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', SMALL)
+def test_two_processes_have_the_gradients_of_one(name, tmp_path):
+    x = torch.randn(4, 3, 64, 96).double()
+    make = partial(small_frozen, name)
+    torch.multiprocessing.spawn(distributed_gradients, (str(tmp_path), make, x), nprocs=2)
+    actual = torch.load(tmp_path / 'gradients.pth', weights_only=True)
+    expected = gradients(make(), x)
+    assert len(actual) == len(expected) - 1
+    assert max(relative_error(gradient, expected[name]) for name, gradient in actual.items()) < 1e-9
+
 
 class TestDeploy:
     def test_deployed_network_is_plain(self, build, x):
@@ -474,6 +602,7 @@ class TestArguments:
                 'norm_eval': False,
                 'frozen_stages': -1,
                 'with_cp': False,
+                'fold_frozen': True,
                 'deploy': False,
                 'drop_path_rate': 0.0,
                 'init_cfg': None,

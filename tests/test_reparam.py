@@ -1,6 +1,7 @@
 """Fusion, block by block and in module trees. In float64, where what is equal differs by 1e-15 or so, not 1e-9."""
 
 import copy
+import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -20,8 +21,10 @@ from repvit_mm.reparam import (
     Kernel,
     ReparamBlock,
     add_kernels,
+    equivalent_kernels,
     fold_norm,
     identity_kernel,
+    kernels_together,
     pad_kernel,
     plain_formulation,
     reparam_blocks,
@@ -32,6 +35,16 @@ ODD = (1, 3, 5, 7)
 
 small = st.integers(1, 3)
 odd_size = st.tuples(st.sampled_from(ODD), st.sampled_from(ODD))
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations within its context."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def random_kernel(out_channels: int, in_channels_per_group: int, size: tuple[int, int]) -> Kernel:
@@ -80,18 +93,11 @@ def test_identity_kernel_changes_nothing(groups, per_group, size):
 def test_identity_kernel_takes_no_step_for_each_channel():
     """It is made anew in every pass of a frozen block: steps that grow with the width would outweigh what it saves."""
 
-    class CountingMode(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.count += 1
-            return func(*args, **(kwargs or {}))
-
     def steps(channels: int) -> int:
         kernel = random_kernel(channels, 1, (3, 3))
-        with CountingMode() as mode:
+        with Operations() as operations:
             identity_kernel(kernel)
-        return mode.count
+        return operations.count
 
     assert steps(64) == steps(4)
 
@@ -203,6 +209,16 @@ def test_plain_formulation_runs_every_branch_and_ends(block, x, monkeypatch):
         raise KeyError
     block(x)
     assert kernels
+
+
+def randomize_otherwise(block: ReparamBlock, seed: int) -> ReparamBlock:
+    """Fill a block's tensors as :func:`randomize` does, with numbers that differ from seed to seed."""
+    randomize(block)
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in block.state_dict().items():
+        if not name.endswith('num_batches_tracked'):
+            tensor.mul_(1 + 0.1 * torch.rand(tensor.shape, generator=generator).to(tensor))
+    return block
 
 
 class OtherNorm(nn.BatchNorm2d):
@@ -330,3 +346,196 @@ def test_deployed_convolution_stays_on_its_device(block, x):
 def test_deployed_block_has_no_statistics(block):
     assert any(name.endswith(STATISTICS) for name in block.state_dict())
     assert list(switch_to_deploy(block).state_dict()) == ['weight', 'bias']
+
+
+@pytest.fixture
+def folds(block, monkeypatch) -> list[ReparamBlock]:
+    """Grows each time that the kernel of ``block`` is computed from its parameters."""
+    computed = []
+    kernel_of = type(block).equivalent_kernel
+
+    def counted(self) -> Kernel:
+        if self is block:
+            computed.append(self)
+        return kernel_of(self)
+
+    monkeypatch.setattr(type(block), 'equivalent_kernel', counted)
+    return computed
+
+
+def is_current(block: ReparamBlock, x: Tensor) -> bool:
+    """Whether the block, run without gradients as it is, computes what its branches do."""
+    with torch.no_grad():
+        actual = block(x)
+        with plain_formulation(block):
+            return relative_error(actual, block(x)) < TOLERANCE
+
+
+def change_past_version_counters(block: ReparamBlock) -> None:
+    """As EMA's swaps do, and fused optimizers."""
+    for name, tensor in block.state_dict().items():
+        version = tensor._version
+        tensor.data.mul_(1.5 if 'num_batches' not in name else 1)
+        assert tensor._version == version
+
+
+class TestKeptKernel:
+    """Without gradients a kernel is computed once, and again as soon as it can have changed."""
+
+    def test_computed_once(self, block, x, folds):
+        for _ in range(3):
+            assert is_current(block, x)
+        assert len(folds) == 1
+
+    def test_not_kept_where_gradients_flow(self, block, x, folds):
+        for count in (1, 2):
+            block(x).sum().backward()
+            assert len(folds) == count
+
+    def test_kept_where_nothing_learns(self, block, x, folds):
+        block.requires_grad_(False)
+        x.requires_grad_()
+        for _ in range(2):
+            block(x).sum().backward()
+        assert len(folds) == 1
+        block.requires_grad_(True)
+        block(x).sum().backward()
+        assert len(folds) == 2 and all(parameter.grad is not None for parameter in block.parameters())
+
+    @torch.no_grad()
+    def test_each_changed_tensor_is_noticed(self, block, x):
+        is_current(block, x)
+        for name, tensor in block.state_dict().items():
+            if not name.endswith('num_batches_tracked'):
+                tensor.mul_(1.5)
+                assert is_current(block, x), name
+
+    @torch.no_grad()
+    def test_replaced_parameter_and_norm_are_noticed(self, block, x):
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d):
+                is_current(block, x)
+                module.weight = nn.Parameter(module.weight * 1.5)
+                assert is_current(block, x)
+        replace_norms(block, lambda channels: randomize(nn.BatchNorm2d(channels, eps=0.1).double()).eval())
+        assert is_current(block, x)
+
+    @pytest.mark.parametrize(
+        'event',
+        [
+            lambda block: block.train().eval(),
+            lambda block: nn.Sequential(block).eval(),
+            lambda block: nn.Sequential(block).to('cpu', torch.float64),
+            lambda block: block.load_state_dict(block.state_dict()),
+            lambda block: nn.Sequential(block).load_state_dict(nn.Sequential(block).state_dict(), assign=True),
+            lambda block: block(torch.randn(1, 6, 3, 3).double()),
+        ],
+        ids=['train', 'eval', 'to', 'load_state_dict', 'load_state_dict_assign', 'pass_with_gradients'],
+    )
+    def test_dropped_at(self, block, x, event):
+        """Changes that no version counter tells of."""
+        assert is_current(block, x)
+        change_past_version_counters(block)
+        assert not is_current(block, x), 'the check sees a kernel that is out of date'
+        event(block)
+        assert is_current(block, x)
+
+    def test_fused_optimizer(self, block, x):
+        optimizer = torch.optim.AdamW(block.parameters(), lr=0.1, fused=True)
+        assert is_current(block, x)
+        for _ in range(2):
+            before = copy.deepcopy(block.state_dict())
+            block(x).square().sum().backward()
+            optimizer.step()
+            assert any(not torch.equal(before[name], p) for name, p in block.named_parameters())
+            assert is_current(block, x)
+
+    def test_copies_bring_their_own(self, block, x):
+        for copied in (copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))):
+            assert is_current(block, x)
+            other = copied(block)
+            change_past_version_counters(other)
+            assert is_current(other, x) and is_current(block, x)
+
+    def test_kernel_of_inference_mode_serves_outside_it(self, block, x, folds):
+        block.requires_grad_(False)
+        with torch.inference_mode():
+            block(x)
+        x.requires_grad_()
+        block(x).sum().backward()
+        assert len(folds) == 1 and x.grad is not None
+
+    def test_network_made_in_inference_mode_runs(self, x):
+        with torch.inference_mode():
+            block = randomize(ConvBN(6, 6).double()).eval()
+            assert relative_error(block(x), block.branches(x)) < TOLERANCE
+
+
+class TestManyKernels:
+    """Kernels of many blocks at once are those of one block after the other."""
+
+    @pytest.fixture
+    def blocks(self) -> list[ReparamBlock]:
+        blocks = [make().double() for make in BLOCKS.values() for _ in range(3)]
+        return [randomize_otherwise(block, index).eval() for index, block in enumerate(blocks)]
+
+    @staticmethod
+    def run(blocks: list[ReparamBlock], kernels: dict[ReparamBlock, Kernel]) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        tensors = [tensor for block in blocks for tensor in kernels[block]]
+        loss = sum((t * torch.randn(t.shape, generator=generator).double()).sum() for t in tensors)
+        parameters = [parameter for block in blocks for parameter in block.parameters()]
+        return [*tensors, *torch.autograd.grad(loss, parameters)]
+
+    def test_same_kernels_and_gradients(self, blocks):
+        expected = self.run(blocks, {block: block.equivalent_kernel() for block in blocks})
+        actual = self.run(blocks, equivalent_kernels(blocks))
+        assert len(actual) == len(expected)
+        assert max(map(relative_error, actual, expected)) < TOLERANCE
+        wrong = self.run(blocks, equivalent_kernels([*blocks[1:], blocks[0]]))
+        assert max(map(relative_error, wrong, expected)) < TOLERANCE, 'their order does not matter'
+
+    def test_other_eps_is_another_kind(self, blocks):
+        for module in blocks[0].modules():
+            if isinstance(module, _BatchNorm):
+                module.eps = 0.1
+        actual = self.run(blocks, equivalent_kernels(blocks))
+        assert (
+            max(map(relative_error, actual, self.run(blocks, {b: b.equivalent_kernel() for b in blocks}))) < TOLERANCE
+        )
+
+    def test_takes_as_many_operations_for_more_blocks_of_a_kind(self):
+        def operations(count: int) -> int:
+            blocks = [BLOCKS['token_mixer']() for _ in range(count)]
+            with Operations() as counted:
+                for kernel in equivalent_kernels(blocks).values():
+                    assert kernel.weight.shape == (6, 1, 3, 3)
+            return counted.count
+
+        assert operations(9) == operations(3)
+
+    def test_blocks_use_them_within_the_context_alone(self, block, x, folds):
+        learning = nn.Sequential(block)
+        with plain_formulation(block):
+            expected = gradients(learning, x)
+        with kernels_together(learning):
+            count = len(folds)
+            actual = gradients(learning, x)
+            assert len(folds) == count
+        assert max(relative_error(actual[name], gradient) for name, gradient in expected.items()) < TOLERANCE
+        block(x)
+        assert len(folds) == count + 1
+        with pytest.raises(KeyError), kernels_together(learning):
+            raise KeyError
+        block(x)
+        assert len(folds) == count + 2
+
+    def test_live_and_frozen_blocks_are_left_alone(self, block, x, folds):
+        block.train()
+        with kernels_together(block):
+            block(x)
+        block.eval().requires_grad_(False)
+        with kernels_together(block):
+            block(x)
+            block(x)
+        assert len(folds) == 1, 'a kernel without gradients is kept'

@@ -78,7 +78,7 @@ def test_stages_end_where_the_authors_blocks_do(golden):
 
 def test_squeeze_excite_sits_on_every_other_block_and_on_none_before_a_downsample():
     network = RepViT(dict(channels=(8, 16, 24, 32), depths=(3, 4, 5, 3)))
-    found = [[hasattr(block, 'se') for block in stage] for stage in network.stages]
+    found = [[getattr(block, 'se', None) is not None for block in stage] for stage in network.stages]
     assert found == [
         [True, False, False],
         [False, True, False, True, False],
@@ -103,3 +103,24 @@ def test_tap_in_front_of_a_lone_block_is_refused(out_indices):
     with pytest.raises(ValueError, match="tap='pre_downsample'"):
         RepViT(arch, out_indices=out_indices, tap='pre_downsample')
     assert len(RepViT(arch, out_indices=(1, 2, 3), tap='pre_downsample').eval()(torch.randn(1, 3, 32, 32))) == 3
+
+
+def test_frozen_training_keeps_less_than_two_fifths_of_the_branches_maps():
+    network, x = RepViT('m1_1', norm_eval=True).train(), torch.randn(2, 3, 320, 320)
+
+    def kept_bytes() -> int:
+        storages = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if not isinstance(tensor, torch.nn.Parameter):
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            maps = network(x)
+        assert all(m.requires_grad for m in maps)
+        return sum(storages.values())
+
+    with plain_formulation(network):
+        plain = kept_bytes()
+    assert plain > 2.5 * kept_bytes()

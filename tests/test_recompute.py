@@ -1,0 +1,205 @@
+"""Convolutions that recompute their input in the backward pass: same result, same gradients, less kept."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from helpers import randomize, relative_error
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from repvit_mm.layers import GELU, ConvBN, SqueezeExcite
+from repvit_mm.recompute import conv_after
+from repvit_mm.reparam import plain_formulation
+from repvit_mm.repvit import TokenMixer
+
+TOLERANCE = 1e-9
+CHANNELS = 6
+
+CHEAP = {
+    'gelu': GELU,
+    'depthwise': partial(ConvBN, CHANNELS, CHANNELS, 3, groups=CHANNELS),
+    'depthwise_stride2': partial(ConvBN, CHANNELS, CHANNELS, 3, stride=2, groups=CHANNELS),
+    'token_mixer': partial(TokenMixer, CHANNELS, norm_after_sum=True),
+}
+CONVS = {
+    '1x1': partial(ConvBN, CHANNELS, 10),
+    '3x3_stride2': partial(ConvBN, CHANNELS, 10, 3, stride=2),
+    '5x5_groups': partial(ConvBN, CHANNELS, 9, 5, groups=3),
+}
+
+
+class Chain(nn.Module):
+    """Two convolutions' worth of network: what is in front feeds ``cheap``, as in a real one."""
+
+    def __init__(self, cheap: str, conv: str, gate: bool) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, CHANNELS, 1)
+        self.cheap = CHEAP[cheap]()
+        self.conv = CONVS[conv]()
+        self.gate = SqueezeExcite(CHANNELS, 8) if gate else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return conv_after(self.cheap, self.conv, self.first(x), self.gate)
+
+
+@pytest.fixture(params=CHEAP)
+def cheap(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=CONVS)
+def conv(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=['ungated', 'gated'])
+def chain(request: pytest.FixtureRequest, cheap: str, conv: str) -> Chain:
+    return randomize(Chain(cheap, conv, request.param).double()).eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 9, 7).double()
+
+
+def gradients(chain: Chain, x: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    leaves = {name: p for name, p in {**dict(chain.named_parameters()), 'input': x}.items() if p.requires_grad}
+    found = torch.autograd.grad(loss(*chain(x)), list(leaves.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), found, strict=True)
+    }
+
+
+def gradient_error(chain: Chain, x: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> float:
+    with plain_formulation(chain):
+        expected = gradients(chain, x, loss)
+    actual = gradients(chain, x, loss)
+    assert actual.keys() == expected.keys()
+    return max(
+        relative_error(actual[name], gradient) if gradient.norm() > 0 else actual[name].norm().item()
+        for name, gradient in expected.items()
+    )
+
+
+LOSSES = {
+    'output': lambda output, middle: output.square().sum(),
+    'input_of_conv': lambda output, middle: middle.square().sum(),
+    'both': lambda output, middle: output.square().sum() + middle.pow(3).sum(),
+}
+
+
+def test_same_maps(chain, x):
+    with plain_formulation(chain):
+        expected = chain(x)
+    assert all(relative_error(a, b) < TOLERANCE for a, b in zip(chain(x), expected, strict=True))
+    with torch.no_grad():
+        assert all(relative_error(a, b) < TOLERANCE for a, b in zip(chain(x), expected, strict=True))
+
+
+@pytest.mark.parametrize('loss', LOSSES.values(), ids=LOSSES)
+def test_same_gradients(chain, x, loss):
+    assert gradient_error(chain, x, loss) < TOLERANCE
+
+
+@pytest.mark.parametrize('frozen', ['first', 'cheap', 'conv', 'gate'])
+def test_same_gradients_with_a_part_frozen(chain, x, frozen):
+    part = getattr(chain, frozen)
+    if part is not None:
+        part.requires_grad_(False)
+    assert gradient_error(chain, x, LOSSES['both']) < TOLERANCE
+
+
+def test_gradient_check_notices_a_wrong_second_run(chain, x):
+    """Twin of the check above: what is computed again is not what was computed before."""
+    cls, run = type(chain.cheap), 'forward' if isinstance(chain.cheap, GELU) else 'convolve'
+    original, in_backward = getattr(cls, run), []
+
+    def wrong(self, *args: Tensor) -> Tensor:
+        return original(self, *args) * (1.01 if in_backward else 1)
+
+    chain.first.register_full_backward_pre_hook(lambda module, grad: in_backward.clear())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cls, run, wrong)
+
+        def loss(output: Tensor, middle: Tensor) -> Tensor:
+            in_backward.append(True)
+            return output.square().sum()
+
+        assert gradient_error(chain, x, loss) > 1e-4
+
+
+@contextmanager
+def saved_tensors() -> Iterator[list[Tensor]]:
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        yield saved
+
+
+def test_input_of_the_convolution_is_not_kept(chain, x):
+    with saved_tensors() as saved:
+        _, middle = chain(x)
+    assert saved
+    assert not any(t.shape == middle.shape and torch.equal(t, middle) for t in saved)
+    with plain_formulation(chain), saved_tensors() as saved:
+        _, middle = chain(x)
+    assert any(t.shape == middle.shape and torch.equal(t, middle) for t in saved), 'the check finds it where it is kept'
+
+
+class Convolutions(TorchDispatchMode):
+    """Records each convolution's weight and groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default:
+            self.seen.append((args[1], args[8]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_what_is_cheap_runs_twice(chain, x):
+    output, _ = chain(x)
+    with Convolutions() as backward:
+        output.sum().backward()
+    assert len(backward.seen) == (not isinstance(chain.cheap, GELU))
+    assert all(groups == CHANNELS for _, groups in backward.seen)
+
+
+def test_kept_map_that_was_overwritten_is_noticed():
+    """As autograd notices it everywhere else."""
+    chain = Chain('gelu', '1x1', gate=False).eval()
+    x = chain.first(torch.randn(2, 3, 5, 5))
+    output, _ = conv_after(chain.cheap, chain.conv, x)
+    with torch.no_grad():
+        x.add_(1)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        output.sum().backward()
+
+
+def test_live_statistics_and_no_gradients_run_the_modules(chain, x):
+    calls = []
+    chain.conv.register_forward_hook(lambda *args: calls.append(1))
+    chain(x)
+    assert not calls
+    with torch.no_grad():
+        chain(x)
+    assert len(calls) == 1
+    chain.conv.bn.train()
+    chain(x)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_runs_in_its_dtype_both_times(chain, x, dtype):
+    """Gradients arrive in the parameters' own dtype."""
+    chain, x = chain.float(), x.float()
+    with torch.autocast('cpu', torch.bfloat16, enabled=dtype is torch.bfloat16):
+        output, middle = chain(x)
+    assert output.dtype is middle.dtype is dtype
+    output.float().square().sum().backward()
+    assert all(p.grad.dtype is torch.float32 and p.grad.isfinite().all() for p in chain.parameters())
