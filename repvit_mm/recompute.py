@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .reparam import ReparamBlock, runs_eagerly
+from .reparam import ReparamBlock, conv_backward, runs_eagerly
 
 
 class Gate(Protocol):
@@ -91,19 +91,9 @@ class _ConvOfRecomputed(torch.autograd.Function):
         grad_kernel: tuple[Tensor | None, Tensor | None] = (None, None)
         if grad_output is not None:
             dtype, conv = grad_output.dtype, ctx.conv
-            through, *grad_kernel = torch.ops.aten.convolution_backward(
-                grad_output,
-                scaled.to(dtype),
-                weight.to(dtype),
-                [weight.shape[0]],
-                [conv.stride, conv.stride],
-                [conv.padding, conv.padding],
-                [1, 1],
-                False,
-                [0, 0],
-                conv.groups,
-                [needs_middle or needs_scale, *needs_kernel],
-            )
+            options = conv.stride, conv.padding, conv.groups
+            needed = (needs_middle or needs_scale, *needs_kernel)
+            through, *grad_kernel = conv_backward(grad_output, scaled.to(dtype), weight.to(dtype), *options, needed)
             grad_scaled = through if grad_scaled is None else through.add_(grad_scaled)
         if scale is None or grad_scaled is None:
             return None, None, grad_scaled, None, *grad_kernel, *(None for _ in kept)

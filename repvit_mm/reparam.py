@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -194,7 +195,11 @@ class ReparamBlock(nn.Module, ABC):
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The equivalent convolution with the given kernel, ``(N, C_in, H, W)`` to ``(N, C_out, H', W')``."""
-        return F.conv2d(x, weight, bias, self.stride, self.padding, groups=self.groups)
+        options = self.stride, self.padding, self.groups
+        if self.groups > 1 and torch.is_grad_enabled() and torch.is_autocast_enabled(x.device.type):
+            return _ConvInFloat32.apply(x, weight, bias, *options)
+        stride, padding, groups = options
+        return F.conv2d(x, weight, bias, stride, padding, groups=groups)
 
     def train(self, mode: bool = True) -> 'ReparamBlock':
         self._kept = None
@@ -234,6 +239,39 @@ class ReparamBlock(nn.Module, ABC):
         conv.weight.copy_(weight)
         conv.bias.copy_(bias)
         return conv.train(self.training).requires_grad_(like.requires_grad)
+
+
+class _ConvInFloat32(torch.autograd.Function):
+    """A grouped convolution under autocast that is computed in float32; its input is kept in the dtype that it has.
+
+    The identity branch is exact in half precision; as a 1 in a rounded kernel it would not be.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, groups: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.options = stride, padding, groups
+        device = x.device.type
+        with torch.autocast(device, enabled=False):
+            y = F.conv2d(x.float(), weight.float(), bias.float(), stride, padding, groups=groups)
+        return y.to(torch.get_autocast_dtype(device))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grads = conv_backward(grad.float(), x.float(), weight.float(), *ctx.options, ctx.needs_input_grad[:3])
+        return *grads, None, None, None
+
+
+def conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, groups: int, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of a convolution's input, weight and bias, those that are ``needed``."""
+    bias_shape, strides, paddings = [len(weight)], [stride, stride], [padding, padding]
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, bias_shape, strides, paddings, [1, 1], False, [0, 0], groups, needed
+    )
 
 
 def reparam_blocks(model: nn.Module) -> list[ReparamBlock]:
