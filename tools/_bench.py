@@ -261,11 +261,11 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     Console(width=max(Console().width, 150)).print(table)
 
 
-def new_figure(title: str, panels: int) -> tuple[Any, Any]:
-    """An empty picture of panels side by side."""
+def new_figure(title: str, panels: int, width: float = 7) -> tuple[Any, Any]:
+    """An empty picture of panels side by side, each of the given width in inches."""
     from matplotlib.figure import Figure  # not pyplot, which would want to know of a screen
 
-    figure = Figure(figsize=(7 * panels, 5), layout='constrained')
+    figure = Figure(figsize=(width * panels, 5), layout='constrained')
     figure.suptitle(title)
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
@@ -285,15 +285,19 @@ def draw_variants(path: Path, title: str, rows: Sequence[Mapping[str, Any]], top
     for axis, (label, values) in zip(axes, panels, strict=True):
         for route in dict.fromkeys(row['route'] for row in rows):
             line = sorted(
-                (row['ms'], values[row['name']]) for row in rows if row['route'] == route and row['name'] in values
+                (values[row['name']], row['ms']) for row in rows if row['route'] == route and row['name'] in values
             )
-            axis.plot(*zip(*line, strict=True), 'k:' if route == 'roofline' else 'o-', markersize=4, label=route)
+            heights, latencies = zip(*line, strict=True)
+            axis.plot(latencies, heights, 'k:' if route == 'roofline' else 'o-', markersize=4, label=route)
         for name, value in values.items():
             fastest = min(row['ms'] for row in rows if row['name'] == name and row['route'] != 'roofline')
             axis.annotate(name.partition(':')[2], (fastest, value), (-4, 4), textcoords='offset points', ha='right')
         axis.set(xlabel='median latency, ms', ylabel=label, xscale='log')
+        for of_ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            of_ticks('{x:g}')
+        axis.tick_params(axis='x', which='both', labelrotation=45)
         axis.grid(alpha=0.3)
-    axes[-1].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper')
     figure.savefig(path, dpi=120)
 
 
@@ -310,7 +314,7 @@ def draw_bars(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None
     panels = [field for field in PANELS if field in rows[0]]
     groups = list(dict.fromkeys((row['name'], row['batch']) for row in rows))
     routes = list(dict.fromkeys(row['route'] for row in rows))
-    figure, axes = new_figure(title, len(panels))
+    figure, axes = new_figure(title, len(panels), 3 + 2 * len(groups))
     for axis, field in zip(axes, panels, strict=True):
         label, unit = PANELS[field]
         first = {(row['name'], row['batch']): row[field] for row in reversed(rows)}
@@ -326,7 +330,7 @@ def draw_bars(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None
                 ratios = [f'x{row[field] / first[row["name"], row["batch"]]:.2f}' for row in own]
                 axis.bar_label(bars, ratios, padding=3)
         axis.set(ylabel=label)
-        axis.set_xticks(range(len(groups)), [f'{name}\nbatch {batch}' for name, batch in groups])
+        axis.set_xticks(range(len(groups)), [f'{name}, batch {batch}'.replace(' ', '\n', 1) for name, batch in groups])
         axis.margins(y=0.12)
-    axes[-1].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper')
     figure.savefig(path, dpi=120)

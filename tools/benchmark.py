@@ -285,7 +285,9 @@ def measure_routes(
 
 def benchmark_train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """A step of each variant with frozen statistics, forward and backward, plain against folded."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    precision = 'mixed precision' if args.amp else 'float32'
+    conditions = f'forward and backward, {args.size[0]}x{args.size[1]}, {precision} on {device}'
     for name in choose(args.archs):
         network = build(name, device, norm_eval=True).train()
         if args.channels_last:
@@ -299,11 +301,8 @@ def benchmark_train(args: argparse.Namespace, device: torch.device) -> dict[str,
                 check_gradients(name, networks, images)
                 steps = {route: training_step(twin, images, args.amp) for route, twin in networks.items()}
                 new = measure_training(name, networks, steps, batch, args.rounds, device)
+            show(f'{name}, {conditions}', new)
             rows += new
-    conditions = (
-        f'forward and backward, {args.size[0]}x{args.size[1]}, {"mixed" if args.amp else "float32"} on {device}'
-    )
-    show(conditions, rows)
     draw_bars(args.out_dir / 'train.png', conditions, rows)
     return {'rows': rows}
 
@@ -368,15 +367,16 @@ def measure_training(
 
 def benchmark_model(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Whole models: inference unfused, folded and fused, or training iterations plain and folded."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    conditions = f'{"training iteration" if args.train else "inference"}, float32 on {device}'
     for path in args.configs:
         cfg = read_config(Path(path), args.cfg_options)
         size = args.size or input_size(cfg, path)
         model = build_model(cfg, path, args.checkpoint).to(device)
-        for batch in args.batch:
-            rows += measure_model(f'{Path(path).stem}, {size[0]}x{size[1]}', model, cfg, batch, size, args, device)
-    conditions = f'{"training iteration" if args.train else "inference"} of whole models, float32 on {device}'
-    show(conditions, rows)
+        name = f'{Path(path).stem} {size[0]}x{size[1]}'
+        new = [row for batch in args.batch for row in measure_model(name, model, cfg, batch, size, args)]
+        show(f'{name}, {conditions}', new)
+        rows += new
     draw_bars(args.out_dir / 'model.png', conditions, rows)
     return {'rows': rows}
 
@@ -401,7 +401,6 @@ def build_model(cfg: Config, path: str, checkpoint: str | None) -> nn.Module:
         init_default_scope(cfg.default_scope)
         torch.manual_seed(0)
         model = revert_sync_batchnorm(MODELS.build(cfg.model))
-        model.init_weights()
     except Exception as error:  # anything can be wrong in a config
         sys.exit(f'the model of {path} cannot be built: {one_line(error)}')
     if not reparam_blocks(model):
@@ -421,13 +420,13 @@ def measure_model(
     batch: int,
     size: tuple[int, int],
     args: argparse.Namespace,
-    device: torch.device,
 ) -> list[dict[str, Any]]:
     """The rows of one model and batch size.
 
     Raises:
         WrongRoute: if the backbone's maps are not the same in each form.
     """
+    device = torch.device(args.device)
     model.train(args.train)
     data = model.data_preprocessor(synthetic_samples(cfg, model, batch, size), args.train)
     with ExitStack() as stack:
