@@ -48,6 +48,13 @@ def test_macs_and_parameters_by_hand():
     assert _bench.count_parameters(network) == (8 * 27 + 8) + 16 + (8 * 9 + 8)
 
 
+def test_matrix_products_are_of_the_same_size(monkeypatch):
+    monkeypatch.setitem(_bench.MATRIX_SIZE, 'cpu', 64)
+    products, macs = _bench.matrix_products(CPU, torch.float32)
+    assert macs == 64**3
+    assert [result().numel() for result in products.values()] == [64 * 64] * 2
+
+
 class TestInterleave:
     def test_turns_rotate_and_the_second_run_of_each_is_timed(self):
         now, ran = [0.0], []
@@ -228,6 +235,7 @@ def test_backbone_from_the_command_line_without_mmcv(tmp_path):
         lower, upper = row['quartiles_ms']
         assert 0 < lower <= row['ms'] <= upper
         assert row['images_per_s'] == pytest.approx(1000 * row['batch'] / row['ms'])
+    assert rows[3]['ms'] == pytest.approx(1e-6 * rows[3]['macs'] / max(rows[3]['gmacs_per_s'].values()))
     assert rows[0]['times_first'] == rows[3]['times_roofline'] == 1
     assert rows[0]['parameters'] > rows[2]['parameters'] and rows[0]['macs'] > rows[1]['macs'] == rows[2]['macs']
     assert all(row['peak_bytes'] > 0 for row in rows[:3])
@@ -249,13 +257,19 @@ def test_train_from_the_command_line(tmp_path):
         (['backbone', '--size', '16'], '--size 16: expected height and width, at least 32 each'),
         (['backbone', '--size', '64', '64', '64'], '--size 64 64 64: expected height and width'),
         (['train', '--rounds', '0'], '--rounds: expected a positive number'),
+        (
+            ['backbone', 'm0_6', '--size', '64', '--dtype', 'bfloat16', '--routes', 'openvino'],
+            'none of the routes can be taken',
+        ),
+        (['train', '--out-dir', f'{DETECTION}/out'], 'cannot be made'),
         (['model', 'absent.py'], 'config absent.py not found'),
         (['model', str(DETECTION), '--train', '--size', '64'], 'trains with live statistics'),
     ],
 )
 def test_one_line_on_what_cannot_be_measured(arguments, message, tmp_path):
+    command, *rest = arguments
     with pytest.raises(SystemExit) as end:
-        benchmark.main([*arguments, '--out-dir', str(tmp_path)])
+        benchmark.main([command, '--out-dir', str(tmp_path), *rest])
     assert message in str(end.value.code) and '\n' not in str(end.value.code)
 
 

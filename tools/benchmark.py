@@ -22,7 +22,7 @@ from _bench import (
     draw_variants,
     interleave,
     make_trained_like,
-    matrix_product,
+    matrix_products,
     peak_bytes,
     relative_error,
     saved_bytes,
@@ -205,7 +205,10 @@ def set_up(args: argparse.Namespace) -> torch.device:
     tf32 = getattr(args, 'dtype', None) == 'tf32'
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = True
-    args.out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f'--out-dir {args.out_dir} cannot be made: {one_line(error)}')
     return torch.device(args.device)
 
 
@@ -262,14 +265,17 @@ def measure_routes(
                 left_out[f'{name} {route}'] = str(reason)
                 continue
             check(f'{route} of {name}', routes[route], expected, tolerance)
-        product, product_macs = matrix_product(device, dtype)
-        candidates = {route: prepared.run for route, prepared in routes.items()} | {'roofline': product}
+        if not routes:
+            sys.exit(f'none of the routes can be taken here: {"; ".join(left_out.values())}')
+        products, product_macs = matrix_products(device, dtype)
+        candidates = {route: prepared.run for route, prepared in routes.items()} | products
         spreads = interleave(candidates, args.rounds, device, f'{name}, batch {batch}')
         peaks = {route: peak_bytes(prepared.run, device) for route, prepared in routes.items() if prepared.network}
 
-    # The time that the fused network's arithmetic would take at the rate of the large product.
-    share = macs['fused'] * batch / product_macs
-    spreads['roofline'] = Spread(*(share * seconds for seconds in spreads['roofline']))
+    # The time that the fused network's arithmetic would take at the rate of the faster product.
+    product_spreads = {product: spreads.pop(product) for product in products}
+    fastest = min(product_spreads.values())
+    spreads['roofline'] = Spread(*(seconds * macs['fused'] * batch / product_macs for seconds in fastest))
     first = next(iter(spreads.values()))
     rows = []
     for route, measured in spreads.items():
@@ -279,6 +285,10 @@ def measure_routes(
         if route in routes:
             row['parameters'] = count_parameters(routes[route].network or stock)
             row['peak_bytes'] = peaks.get(route)
+        else:
+            row['gmacs_per_s'] = {
+                product: product_macs / taken.median / 1e9 for product, taken in product_spreads.items()
+            }
         rows.append(row)
     return rows
 
