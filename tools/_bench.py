@@ -90,8 +90,7 @@ def interleave(
 def matrix_products(device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Run], int]:
     """One large product of square matrices in two ways, for the machine's matrix rate, and its multiply-accumulates.
 
-    Each goes to another library, and neither of them is the fastest on every processor. The faster is taken for what the
-    machine can do.
+    Each may go to another library, one of them well below what the machine can do: the faster one counts.
     """
     size = MATRIX_SIZE[device.type]
     first, second = torch.randn(2, size, size, device=device, dtype=dtype)
