@@ -59,7 +59,14 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 def load_config(args: argparse.Namespace) -> Config:
     """The config with the command line's common options in it; exits with one line if it cannot be read."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    path = Path(args.config)
+    cfg = read_config(Path(args.config), args.cfg_options)
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
+    return cfg
+
+
+def read_config(path: Path, options: dict[str, Any]) -> Config:
+    """A detector's or segmentor's config with ``--cfg-options`` in it; exits with one line if it cannot be read."""
     if not path.is_file():
         names = [str(other) for other in path.parent.glob('*.py')]
         nearest = difflib.get_close_matches(str(path), names, n=1)
@@ -69,13 +76,11 @@ def load_config(args: argparse.Namespace) -> Config:
     except Exception as error:  # anything can go wrong in a file of code
         sys.exit(f'config {path} cannot be read: {one_line(error)}')
     try:
-        cfg.merge_from_dict(args.cfg_options)
+        cfg.merge_from_dict(options)
     except Exception as error:
         sys.exit(f'--cfg-options do not fit {path}: {one_line(error)}')
     if cfg.get('default_scope') not in TASKS:
         sys.exit(f'config {path} has default_scope={cfg.get("default_scope")!r}: expected one of {", ".join(TASKS)}')
-    cfg.launcher = args.launcher
-    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', path.stem))
     return cfg
 
 

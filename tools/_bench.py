@@ -1,0 +1,346 @@
+"""What the benchmark measures and reports with: interleaved times, memory, multiply-accumulates, tables and files."""
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from mmengine.analysis import FlopAnalyzer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+DISTRIBUTIONS = (
+    'torch', 'mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'timm', 'onnx', 'onnxruntime', 'openvino', 'numpy',
+)  # fmt: skip
+"""Whose versions the JSON file holds, as far as they are installed."""
+
+MATRIX_SIZE = {'cpu': 2048, 'cuda': 8192}
+"""Side of the matrices that are multiplied for the roofline: large enough that the arithmetic is all that counts."""
+
+Run = Callable[[], Any]
+
+
+class Spread(NamedTuple):
+    """Median and quartiles of a sample."""
+
+    median: float
+    lower: float
+    upper: float
+
+
+def spread(sample: Sequence[float]) -> Spread:
+    """Median and quartiles; a sample of one is all three."""
+    if len(sample) == 1:
+        return Spread(*sample * 3)
+    lower, median, upper = statistics.quantiles(sample, n=4, method='inclusive')
+    return Spread(median, lower, upper)
+
+
+def interleave(
+    candidates: Mapping[str, Run],
+    rounds: int,
+    device: torch.device,
+    label: str = '',
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Spread]:
+    """Time candidates side by side, so that a swing of the machine meets all of them.
+
+    In each round every candidate has one turn, and each round begins with another candidate. A turn is two runs, of
+    which the second is timed: the first brings the candidate's weights back into the caches and lets the threads of
+    the one before go to sleep. A round that is not counted comes first and chooses kernels.
+
+    Args:
+        candidates: Name -> what to run.
+        rounds: Counted rounds.
+        device: Where it computes; work that is queued there is waited for.
+        label: What the progress bar says.
+        clock: Gives seconds.
+
+    Returns:
+        Name -> seconds of one run.
+    """
+    wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
+    console = Console(stderr=True)
+    for turn in track(range(-1, rounds), label, console=console, transient=True, disable=not console.is_terminal):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            candidates[name]()
+            wait()
+            start = clock()
+            candidates[name]()
+            wait()
+            if turn >= 0:
+                seconds[name].append(clock() - start)
+    return {name: spread(sample) for name, sample in seconds.items()}
+
+
+def matrix_products(device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Run], int]:
+    """One large product of square matrices in two ways, for the machine's matrix rate, and its multiply-accumulates.
+
+    Each may go to another library, one of them well below what the machine can do: the faster one counts.
+    """
+    size = MATRIX_SIZE[device.type]
+    first, second = torch.randn(2, size, size, device=device, dtype=dtype)
+    # The rows are the pixels of a map with its channels last, the columns its channels.
+    image = first.view(1, size // 32, 32, size).permute(0, 3, 1, 2)
+    kernel = second.view(size, size, 1, 1)
+    products = {
+        'matrix product': lambda: torch.mm(first, second),
+        'matrix product as convolution': lambda: nn.functional.conv2d(image, kernel),
+    }
+    return products, size**3
+
+
+def count_macs(network: nn.Module, images: Tensor) -> int:
+    """Multiply-accumulates of a network's convolutions and linear layers, counted by MMEngine.
+
+    Args:
+        network: The network; it is traced.
+        images: Its input ``(N, 3, H, W)``.
+    """
+    # MMEngine calls a multiply-accumulate one flop.
+    analyzer = FlopAnalyzer(network, images).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    with torch.no_grad():
+        operators = analyzer.by_operator()
+    return operators['conv'] + operators['linear']
+
+
+def count_parameters(network: nn.Module) -> int:
+    """The number of a network's parameters, frozen ones too."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def peak_bytes(run: Run, device: torch.device) -> int:
+    """The most memory that tensors take at once during a run, above what was there before it, in bytes.
+
+    Weights and input are there before. On a GPU the allocator counts; on a CPU the profiler sees each tensor come and
+    go. Memory that a library takes for itself, not for a tensor, is not seen.
+    """
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == '[memory]']
+    total = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+def saved_bytes(run: Run, network: nn.Module) -> int:
+    """The memory of all distinct tensors that a run saves for its backward pass, in bytes.
+
+    Views of one tensor count once, with the memory that they keep; the network's parameters and buffers, which are
+    there anyway, do not count. The input does.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+    # Kept until the end: memory that was given back could be another tensor's.
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """L2 norm of the difference over that of ``expected``, in float64; not a number if there is one."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    if actual.shape != expected.shape:
+        return float('inf')
+    scale = expected.norm()
+    return ((actual - expected).norm() / scale).item() if scale > 0 else actual.norm().item()
+
+
+@torch.no_grad()
+def make_trained_like(network: nn.Module, images: Tensor) -> None:
+    """Give a network that was just built weights under which each of its branches counts.
+
+    A norm or a layer scale starts as a constant, often as nothing, and would hide an error behind it. Constants are
+    drawn anew, and the norms take their statistics from a batch, so that the maps keep their size through all blocks.
+
+    Args:
+        network: The network; it is left in ``eval`` mode.
+        images: A batch ``(N, 3, H, W)``.
+    """
+    for parameter in network.parameters():
+        if parameter.numel() > 1 and parameter.min() == parameter.max():
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    norms = [module for module in network.eval().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0  # this batch's statistics alone
+    network(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval()
+        norm.momentum = momentum
+
+
+def autocast(device: torch.device, enabled: bool) -> AbstractContextManager:
+    """Automatic mixed precision of the device: float16 on a GPU, bfloat16 on a CPU."""
+    return torch.autocast(device.type) if enabled else nullcontext()
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on: processor, threads, GPU, versions, and the load that there was before."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        processor = next(line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
+    except (OSError, StopIteration):
+        processor = platform.processor() or platform.machine()
+    versions = {'python': platform.python_version()}
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    machine: dict[str, Any] = {
+        'processor': processor,
+        'instructions': torch.backends.cpu.get_cpu_capability(),
+        'cores': os.cpu_count(),
+        'threads': torch.get_num_threads(),
+        'load before': round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None,
+        'system': platform.platform(),
+        'versions': versions,
+    }
+    if device.type == 'cuda':
+        machine['gpu'] = torch.cuda.get_device_name()
+        versions |= {'cuda': torch.version.cuda, 'cudnn': torch.backends.cudnn.version()}
+    return machine
+
+
+def write_json(path: Path, machine: Mapping[str, Any], settings: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+    """Everything that was measured, with the command, the settings and the machine it was measured on."""
+    command = shlex.join([Path(sys.executable).name, *sys.argv])
+    everything = {'command': command, 'machine': machine, 'settings': settings, **content}
+    path.write_text(json.dumps(everything, indent=2) + '\n')
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    'batch': ('batch', str),
+    'route': ('', str),
+    'parameters': ('parameters\nM', lambda number: f'{number / 1e6:.2f}'),
+    'macs': ('MACs\nG an image', lambda number: f'{number / 1e9:.2f}'),
+    'ms': ('median\nms', lambda value: f'{value:.2f}'),
+    'quartiles_ms': ('quartiles\nms', lambda values: '{:.2f} - {:.2f}'.format(*values)),
+    'images_per_s': ('images\na second', lambda value: f'{value:.1f}'),
+    'times_first': ('times\nthe first', lambda value: f'{value:.2f}'),
+    'times_roofline': ('times\nroofline', lambda value: f'{value:.2f}'),
+    'saved_bytes': ('saved for\nbackward, MiB', lambda number: f'{number / 2**20:.1f}'),
+    'peak_bytes': ('peak of\ntensors, MiB', lambda number: f'{number / 2**20:.1f}'),
+}
+"""Field of a row -> the heading of its column and how its value is written."""
+
+
+def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows as a table; a field that no row has is left out, batches are set apart."""
+    fields = [field for field in COLUMNS if any(row.get(field) is not None for row in rows)]
+    table = Table(title=title, title_justify='left')
+    for field in fields:
+        table.add_column(COLUMNS[field][0], justify='left' if field == 'route' else 'right', no_wrap=True)
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        cells = ['' if row.get(field) is None else COLUMNS[field][1](row[field]) for field in fields]
+        together = following is not None and (following['name'], following['batch']) == (row['name'], row['batch'])
+        table.add_row(*cells, end_section=not together)
+    # Where the screen is narrower, lines wrap; figures are never cut.
+    Console(width=max(Console().width, 150)).print(table)
+
+
+def new_figure(title: str, panels: int, width: float = 7) -> tuple[Any, Any]:
+    """An empty picture of panels side by side, each of the given width in inches."""
+    from matplotlib.figure import Figure  # not pyplot, which would want to know of a screen
+
+    figure = Figure(figsize=(width * panels, 5), layout='constrained')
+    figure.suptitle(title)
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def draw_variants(path: Path, title: str, rows: Sequence[Mapping[str, Any]], top1: Mapping[str, float]) -> None:
+    """Latency of each route at the smallest batch, against parameters and, where known, published accuracy."""
+    batch = min(row['batch'] for row in rows)
+    rows = [row for row in rows if row['batch'] == batch]
+    fused_parameters = {
+        name: min(row['parameters'] for row in rows if row['name'] == name and 'parameters' in row)
+        for name in {row['name'] for row in rows}
+    }
+    panels = [('parameters of the fused backbone, M', {n: count / 1e6 for n, count in fused_parameters.items()})]
+    if known := {name: top1[name] for name in fused_parameters if name in top1}:
+        panels.append(('published ImageNet top-1, %', known))
+    figure, axes = new_figure(f'{title}, batch {batch}', len(panels))
+    for axis, (label, values) in zip(axes, panels, strict=True):
+        for route in dict.fromkeys(row['route'] for row in rows):
+            line = sorted(
+                (values[row['name']], row['ms']) for row in rows if row['route'] == route and row['name'] in values
+            )
+            heights, latencies = zip(*line, strict=True)
+            axis.plot(latencies, heights, 'k:' if route == 'roofline' else 'o-', markersize=4, label=route)
+        for name, value in values.items():
+            fastest = min(row['ms'] for row in rows if row['name'] == name and row['route'] != 'roofline')
+            axis.annotate(name.partition(':')[2], (fastest, value), (-4, 4), textcoords='offset points', ha='right')
+        axis.set(xlabel='median latency, ms', ylabel=label, xscale='log')
+        for of_ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            of_ticks('{x:g}')
+        axis.tick_params(axis='x', which='both', labelrotation=45)
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper')
+    figure.savefig(path, dpi=120)
+
+
+PANELS = {
+    'ms': ('median time, ms (bars: quartiles)', 1),
+    'saved_bytes': ('saved for backward, MiB', 2**20),
+    'peak_bytes': ('peak of tensors, MiB', 2**20),
+}
+"""Field that is drawn as bars -> its label, and what one unit of it is."""
+
+
+def draw_bars(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Time and memory of each route side by side, with each one's ratio to the first."""
+    panels = [field for field in PANELS if field in rows[0]]
+    groups = list(dict.fromkeys((row['name'], row['batch']) for row in rows))
+    routes = list(dict.fromkeys(row['route'] for row in rows))
+    figure, axes = new_figure(title, len(panels), 3 + 2 * len(groups))
+    for axis, field in zip(axes, panels, strict=True):
+        label, unit = PANELS[field]
+        first = {(row['name'], row['batch']): row[field] for row in reversed(rows)}
+        for index, route in enumerate(routes):
+            own = [row for row in rows if row['route'] == route]
+            values = [row[field] / unit for row in own]
+            places = [groups.index((row['name'], row['batch'])) + (index - (len(routes) - 1) / 2) * 0.27 for row in own]
+            errors = None
+            if field == 'ms':
+                errors = [[abs(row['ms'] - row['quartiles_ms'][side]) for row in own] for side in (0, 1)]
+            bars = axis.bar(places, values, 0.25, yerr=errors, capsize=3, label=route)
+            if index:
+                ratios = [f'x{row[field] / first[row["name"], row["batch"]]:.2f}' for row in own]
+                axis.bar_label(bars, ratios, padding=3)
+        axis.set(ylabel=label)
+        axis.set_xticks(range(len(groups)), [f'{name}, batch {batch}'.replace(' ', '\n', 1) for name, batch in groups])
+        axis.margins(y=0.12)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper')
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,228 @@
+"""The forms in which the benchmark runs a backbone: unfused, folded, fused, and by others' compilers and libraries."""
+
+import copy
+import importlib
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from _bench import relative_error
+from _launch import one_line
+from torch import Tensor, nn
+
+from repvit_mm import switch_to_deploy
+from repvit_mm.names import translate
+from repvit_mm.reparam import plain_formulation
+
+OPSET = 17
+"""Of the exported graph: one that every current runtime reads."""
+
+
+class LeftOut(Exception):
+    """A route cannot be taken here; the message says why."""
+
+
+class WrongRoute(Exception):
+    """A route gives another result; the message says which and how far off."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the routes of one measurement start from.
+
+    Args:
+        name: Class and variant, as in 'RepViT:m1_1'.
+        network: The unfused network in ``eval`` mode; routes copy it.
+        images: The input ``(N, 3, H, W)``, of the network's device and dtype.
+    """
+
+    name: str
+    network: nn.Module
+    images: Tensor
+
+
+@dataclass(frozen=True)
+class Route:
+    """A backbone that is ready to run.
+
+    Args:
+        run: Gives the maps, as tensors or arrays.
+        network: What torch runs, or ``None`` if another library does.
+        last_only: Whether it gives the last map only.
+    """
+
+    run: Callable[[], Sequence[Any]]
+    network: nn.Module | None = None
+    last_only: bool = False
+
+
+def of(network: nn.Module, images: Tensor) -> Route:
+    """A network on its input."""
+    return Route(lambda: network(images), network)
+
+
+def plain_copy(network: nn.Module, stack: ExitStack) -> nn.Module:
+    """A copy of a network, or of a whole model, that runs its branches for as long as the stack lasts."""
+    twin = copy.deepcopy(network)
+    stack.enter_context(plain_formulation(twin))
+    return twin
+
+
+def fused_copy(source: Source) -> nn.Module:
+    """The package's own deployed network."""
+    return switch_to_deploy(copy.deepcopy(source.network))
+
+
+def stock_copy(source: Source) -> nn.Module:
+    """The plainly fused network: convolutions with biases, and torch's own modules as they are."""
+    return switch_to_deploy(copy.deepcopy(source.network))
+
+
+def plain(source: Source, stack: ExitStack) -> Route:
+    """Unfused, branch by branch."""
+    return of(plain_copy(source.network, stack), source.images)
+
+
+def folded(source: Source, stack: ExitStack) -> Route:
+    """Unfused, evaluated with folded kernels."""
+    return of(copy.deepcopy(source.network), source.images)
+
+
+def fused_plain(source: Source, stack: ExitStack) -> Route:
+    """Fused, of stock convolutions only."""
+    return of(stock_copy(source), source.images)
+
+
+def fused(source: Source, stack: ExitStack) -> Route:
+    """Fused, as the package deploys it."""
+    return of(fused_copy(source), source.images)
+
+
+def channels_last(source: Source, stack: ExitStack) -> Route:
+    """Fused, with the channels of each pixel side by side in memory."""
+    network = fused_copy(source).to(memory_format=torch.channels_last)
+    return of(network, source.images.contiguous(memory_format=torch.channels_last))
+
+
+def compiled(source: Source, stack: ExitStack) -> Route:
+    """Fused and compiled by torch.compile for this one shape."""
+    if source.images.device.type == 'cuda':
+        optional('triton')
+    elif not shutil.which(os.environ.get('CXX', 'g++')):
+        raise LeftOut('torch.compile needs a C++ compiler')
+    # torch compiles one function a few times only and then, without a word, no more.
+    torch.compiler.reset()
+    stack.callback(torch.compiler.reset)
+    network = fused_copy(source)
+    run = torch.compile(network, dynamic=False)
+    return Route(lambda: run(source.images), network)
+
+
+def timm(source: Source, stack: ExitStack) -> Route:
+    """timm's model of the same variant and weights, fused by timm, up to its last map."""
+    library = optional('timm')
+    name = source.name.lower().replace(':', '_')
+    if not library.is_model(name):
+        raise LeftOut(f'timm has no {name}')
+    network = library.create_model(name, num_classes=0).to(source.images).eval()
+    tensors = source.network.state_dict()
+    names = translate(tensors, 'timm')
+    network.load_state_dict({names[ours]: tensor for ours, tensor in tensors.items()})
+    network = library.utils.reparameterize_model(network, inplace=True)
+    return Route(lambda: (network.forward_features(source.images),), network, last_only=True)
+
+
+def onnxruntime(source: Source, stack: ExitStack) -> Route:
+    """The exported graph in ONNX Runtime."""
+    array = input_array(source)
+    library = optional('onnxruntime')
+    options = library.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads spin on after a run, at the cost of whoever runs next.
+    options.add_session_config_entry('session.force_spinning_stop', '1')
+    session = library.InferenceSession(str(export(source, stack)), options, providers=['CPUExecutionProvider'])
+    return Route(lambda: session.run(None, {'images': array}))
+
+
+def openvino(source: Source, stack: ExitStack) -> Route:
+    """The exported graph in OpenVINO."""
+    array = input_array(source)
+    core = optional('openvino').Core()
+    options = {
+        'PERFORMANCE_HINT': 'LATENCY',
+        'INFERENCE_NUM_THREADS': torch.get_num_threads(),
+        'INFERENCE_PRECISION_HINT': 'f32',  # it would take bfloat16 where the processor has it
+    }
+    network = core.compile_model(core.read_model(export(source, stack)), 'CPU', options)
+    return Route(lambda: list(network(array).values()))
+
+
+ROUTES: dict[str, Callable[[Source, ExitStack], Route]] = {
+    'plain': plain,
+    'folded': folded,
+    'fused_plain': fused_plain,
+    'fused': fused,
+    'channels_last': channels_last,
+    'compiled': compiled,
+    'timm': timm,
+    'onnxruntime': onnxruntime,
+    'openvino': openvino,
+}
+"""Name of a route -> what prepares it. What a route needs for its running is undone as the stack closes."""
+
+
+def optional(name: str) -> ModuleType:
+    """A library that need not be there; without it, or if it is broken, the route is left out."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # a library that does not fit another one may fail in any way
+        raise LeftOut(one_line(error)) from None
+
+
+def input_array(source: Source) -> Any:
+    """The input for a library beside torch, which is measured in float32 on the CPU only."""
+    if source.images.device.type != 'cpu' or source.images.dtype != torch.float32:
+        raise LeftOut('measured on the CPU in float32 only')
+    return source.images.numpy()
+
+
+def export(source: Source, stack: ExitStack) -> Path:
+    """The deployed network as an ONNX file, which lasts as long as the stack."""
+    path = Path(stack.enter_context(tempfile.TemporaryDirectory()), 'backbone.onnx')
+    with warnings.catch_warnings():
+        # On the exporter's age. The newer one needs a package more.
+        warnings.simplefilter('ignore')
+        torch.onnx.export(
+            fused_copy(source), (source.images,), path, input_names=['images'], opset_version=OPSET, dynamo=False
+        )
+    return path
+
+
+def check(name: str, route: Route, expected: Sequence[Tensor], tolerance: float) -> None:
+    """Run a route once and compare its maps.
+
+    Args:
+        name: The route's name.
+        route: The route.
+        expected: The unfused network's maps.
+        tolerance: Largest relative L2 error of a map.
+
+    Raises:
+        WrongRoute: if a map is missing or further off.
+    """
+    wanted = expected[-1:] if route.last_only else expected
+    maps = [torch.as_tensor(found) for found in route.run()]
+    if len(maps) != len(wanted):
+        raise WrongRoute(f'route {name} gives {len(maps)} maps instead of {len(wanted)}')
+    for found, right in zip(maps, wanted, strict=True):
+        error = relative_error(found, right)
+        if not error <= tolerance:
+            raise WrongRoute(f'route {name} differs from the unfused network by {error:.1e}, at most {tolerance:.0e}')

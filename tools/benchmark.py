@@ -1,0 +1,527 @@
+"""Measure the backbones and whole models, plain, folded and fused: python tools/benchmark.py backbone|train|model."""
+
+import argparse
+import copy
+import difflib
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from _bench import (
+    Run,
+    Spread,
+    autocast,
+    count_macs,
+    count_parameters,
+    describe_machine,
+    draw_bars,
+    draw_variants,
+    interleave,
+    make_trained_like,
+    matrix_products,
+    peak_bytes,
+    relative_error,
+    saved_bytes,
+    show,
+    write_json,
+)
+from _launch import check_checkpoint, one_line, read_config
+from _routes import ROUTES, LeftOut, Route, Source, WrongRoute, check, plain_copy, stock_copy
+from mmengine.config import Config, DictAction
+from mmengine.model.utils import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import load_checkpoint
+from torch import Tensor, nn
+
+from repvit_mm import switch_to_deploy
+from repvit_mm.backbone import ReparamBackbone
+from repvit_mm.checkpoint import CheckpointError
+from repvit_mm.reparam import reparam_blocks
+
+PRECISIONS = {
+    'float32': (torch.float32, 1e-4),
+    'tf32': (torch.float32, 1e-2),
+    'float16': (torch.float16, 2e-2),
+    'bfloat16': (torch.bfloat16, 1e-1),
+}
+"""Name -> dtype of the network, and how far a route's maps may be off the unfused network's in float32."""
+
+GRADIENT_TOLERANCE = 1e-3
+"""Largest relative L2 error of a parameter's gradient, folded against plain, in float32."""
+
+SMALLEST_SIDE = 32
+
+OBJECTS = 7
+"""Annotated objects in each synthetic image of a detector, about COCO's mean."""
+
+# Percent on ImageNet, distilled for 300 epochs: https://github.com/THU-MIG/RepViT, https://github.com/apple/ml-fastvit.
+TOP1 = {
+    'RepViT:m0_6': 74.1,
+    'RepViT:m0_9': 78.7,
+    'RepViT:m1_0': 80.0,
+    'RepViT:m1_1': 80.7,
+    'RepViT:m1_5': 82.3,
+    'RepViT:m2_3': 83.3,
+    'FastViT:t8': 77.2,
+    'FastViT:t12': 80.3,
+    'FastViT:s12': 81.1,
+    'FastViT:sa12': 81.9,
+    'FastViT:sa24': 83.4,
+    'FastViT:sa36': 84.2,
+    'FastViT:ma36': 84.6,
+}
+"""Published accuracy of the variants; those that are registered are measured if none is named."""
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description='Measure time, memory and arithmetic; candidates are interleaved.')
+    commands = parser.add_subparsers(dest='command', required=True)
+
+    backbone = commands.add_parser('backbone', help='inference of backbones by every route')
+    backbone.add_argument(
+        '--routes',
+        nargs='+',
+        default=list(ROUTES),
+        choices=ROUTES,
+        metavar='ROUTE',
+        help=f'some of {" ".join(ROUTES)} (default: all)',
+    )
+    backbone.add_argument('--dtype', default='float32', choices=PRECISIONS, help='default: float32, without TF32')
+
+    train = commands.add_parser('train', help='a step, forward and backward, of backbones: plain against folded')
+    train.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    train.add_argument('--channels-last', action='store_true', help='channels of a pixel side by side in memory')
+
+    model = commands.add_parser('model', help='a whole detector or segmentor')
+    model.add_argument('configs', nargs='+', metavar='CONFIG', help='config file of MMDetection or MMSegmentation')
+    model.add_argument('--train', action='store_true', help='training iterations, plain against folded')
+    model.add_argument('--checkpoint', help='weights of the whole model (default: random, which detect nothing)')
+    model.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        default={},
+        metavar='KEY=VALUE',
+        help='override settings of the config',
+    )
+
+    for command, size, batch in ((backbone, [512], [1, 8]), (train, [320], [2]), (model, None, [1])):
+        if command is not model:
+            command.add_argument(
+                'archs',
+                nargs='*',
+                metavar='ARCH',
+                help='variants, as m1_1 or RepViT:m1_1 (default: all of published accuracy)',
+            )
+        shown = "the config's" if size is None else size[0]
+        command.add_argument(
+            '--size',
+            type=int,
+            nargs='+',
+            default=size,
+            metavar='PIXELS',
+            help=f'height and width, or one number for both (default: {shown})',
+        )
+        command.add_argument('--batch', type=int, nargs='+', default=batch, metavar='N', help=f'default: {batch}')
+        command.add_argument(
+            '--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu'
+        )
+        command.add_argument('--rounds', type=int, default=10, help='rounds that count (default: %(default)s)')
+        command.add_argument('--threads', type=int, help="processor threads (default: torch's)")
+        command.add_argument(
+            '--out-dir',
+            type=Path,
+            default=Path('work_dirs/benchmark'),
+            metavar='DIR',
+            help='folder for COMMAND.json and COMMAND.png (default: %(default)s)',
+        )
+    args = parser.parse_args(argv)
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Exit with one line if something cannot be measured as asked for."""
+    if args.size is not None and (len(args.size) > 2 or min(args.size) < SMALLEST_SIDE):
+        sys.exit(f'--size {" ".join(map(str, args.size))}: expected height and width, at least {SMALLEST_SIDE} each')
+    for name in ('batch', 'rounds', 'threads'):
+        values = getattr(args, name)
+        if values is not None and min(values if isinstance(values, list) else [values]) < 1:
+            sys.exit(f'--{name}: expected a positive number')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        sys.exit('--device cuda: torch finds no GPU here; --device cpu measures the processor')
+    if args.size is not None:
+        args.size = (args.size[0], args.size[-1])
+
+
+def registered() -> dict[str, tuple[type[ReparamBackbone], str]]:
+    """Every variant of every registered backbone of this package: 'RepViT:m1_1' -> its class and arch."""
+    return {
+        f'{name}:{arch}': (cls, arch)
+        for name, cls in MODELS.module_dict.items()
+        if inspect.isclass(cls) and issubclass(cls, ReparamBackbone)
+        for arch in cls.specs
+    }
+
+
+def choose(names: Sequence[str]) -> list[str]:
+    """Full names of the named variants, or of all with a published accuracy; exits with one line on an unknown one."""
+    full = list(registered())
+    if not names:
+        return [name for name in full if name in TOP1]
+    chosen = []
+    for name in names:
+        fitting = [other for other in full if name in (other, other.partition(':')[2])]
+        if len(fitting) > 1:
+            sys.exit(f'arch {name}: it could be any of {", ".join(fitting)}')
+        if not fitting:
+            known = [*full, *(other.partition(':')[2] for other in full)]
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            sys.exit(f'arch {name} is not registered: the nearest is {nearest}')
+        chosen += fitting
+    return list(dict.fromkeys(chosen))
+
+
+def build(name: str, device: torch.device, **options: Any) -> nn.Module:
+    """A variant with weights like a trained one's, in ``eval`` mode."""
+    cls, arch = registered()[name]
+    torch.manual_seed(0)
+    network = cls(arch, **options)
+    make_trained_like(network, torch.randn(2, 3, 128, 128))
+    return network.to(device)
+
+
+def set_up(args: argparse.Namespace) -> torch.device:
+    """Threads and precision as asked for; the device."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    # Convolutions and matrix products in the same precision: by itself torch lets only the former have TF32.
+    tf32 = getattr(args, 'dtype', None) == 'tf32'
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = True
+    try:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f'--out-dir {args.out_dir} cannot be made: {one_line(error)}')
+    return torch.device(args.device)
+
+
+def times(measured: Spread, first: Spread, batch: int) -> dict[str, Any]:
+    """The fields of a row that say how long it took, also in terms of the first candidate."""
+    return {
+        'ms': 1000 * measured.median,
+        'quartiles_ms': [1000 * measured.lower, 1000 * measured.upper],
+        'images_per_s': batch / measured.median,
+        'times_first': measured.median / first.median,
+    }
+
+
+def benchmark_backbone(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Inference by every route, a table for each variant."""
+    rows: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
+    conditions = f'{args.size[0]}x{args.size[1]}, {args.dtype} on {device}'
+    for name in choose(args.archs):
+        network = build(name, device)
+        for batch in args.batch:
+            rows += measure_routes(name, network, batch, args, left_out)
+        show(f'{name}, {conditions}', [row for row in rows if row['name'] == name])
+    for route, reason in left_out.items():
+        print(f'left out: {route}: {reason}')
+    draw_variants(args.out_dir / 'backbone.png', conditions, rows, TOP1)
+    return {'rows': rows, 'left_out': left_out}
+
+
+def measure_routes(
+    name: str, network: nn.Module, batch: int, args: argparse.Namespace, left_out: dict[str, str]
+) -> list[dict[str, Any]]:
+    """The rows of one variant and batch size; routes that cannot be taken here are added to ``left_out``.
+
+    Raises:
+        WrongRoute: if a route gives another result than the unfused network.
+    """
+    dtype, tolerance = PRECISIONS[args.dtype]
+    device = torch.device(args.device)
+    images = torch.randn(batch, 3, *args.size, device=device)
+    with ExitStack() as stack, torch.no_grad():
+        reference = plain_copy(network, stack)
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            expected = reference(images)
+        source = Source(name, copy.deepcopy(network).to(dtype), images.to(dtype))
+        stock = stock_copy(source)
+        macs = {'plain': count_macs(reference, images[:1]), 'fused': count_macs(stock, source.images[:1])}
+
+        routes: dict[str, Route] = {}
+        for route in args.routes:
+            try:
+                routes[route] = ROUTES[route](source, stack)
+            except LeftOut as reason:
+                left_out[f'{name} {route}'] = str(reason)
+                continue
+            check(f'{route} of {name}', routes[route], expected, tolerance)
+        if not routes:
+            sys.exit(f'none of the routes can be taken here: {"; ".join(left_out.values())}')
+        products, product_macs = matrix_products(device, dtype)
+        candidates = {route: prepared.run for route, prepared in routes.items()} | products
+        spreads = interleave(candidates, args.rounds, device, f'{name}, batch {batch}')
+        peaks = {route: peak_bytes(prepared.run, device) for route, prepared in routes.items() if prepared.network}
+
+    # The time that the fused network's arithmetic would take at the rate of the faster product.
+    product_spreads = {product: spreads.pop(product) for product in products}
+    fastest = min(product_spreads.values())
+    spreads['roofline'] = Spread(*(seconds * macs['fused'] * batch / product_macs for seconds in fastest))
+    first = next(iter(spreads.values()))
+    rows = []
+    for route, measured in spreads.items():
+        row = {'name': name, 'batch': batch, 'route': route, **times(measured, first, batch)}
+        row['times_roofline'] = measured.median / spreads['roofline'].median
+        row['macs'] = macs['plain' if route == 'plain' else 'fused']
+        if route in routes:
+            row['parameters'] = count_parameters(routes[route].network or stock)
+            row['peak_bytes'] = peaks.get(route)
+        else:
+            row['gmacs_per_s'] = {
+                product: product_macs / taken.median / 1e9 for product, taken in product_spreads.items()
+            }
+        rows.append(row)
+    return rows
+
+
+def benchmark_train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """A step of each variant with frozen statistics, forward and backward, plain against folded."""
+    rows: list[dict[str, Any]] = []
+    precision = 'mixed precision' if args.amp else 'float32'
+    conditions = f'forward and backward, {args.size[0]}x{args.size[1]}, {precision} on {device}'
+    for name in choose(args.archs):
+        network = build(name, device, norm_eval=True).train()
+        if args.channels_last:
+            network = network.to(memory_format=torch.channels_last)
+        for batch in args.batch:
+            images = torch.randn(batch, 3, *args.size, device=device)
+            if args.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with ExitStack() as stack:
+                networks = {'plain': plain_copy(network, stack), 'folded': network}
+                check_gradients(name, networks, images)
+                steps = {route: training_step(twin, images, args.amp) for route, twin in networks.items()}
+                new = measure_training(name, networks, steps, batch, args.rounds, device)
+            show(f'{name}, {conditions}', new)
+            rows += new
+    draw_bars(args.out_dir / 'train.png', conditions, rows)
+    return {'rows': rows}
+
+
+def training_step(network: nn.Module, images: Tensor, amp: bool) -> Run:
+    """Forward and backward from fixed gradients of the maps; no gradient is left behind."""
+    with torch.no_grad():
+        gradients = [torch.randn_like(map_) for map_ in network(images)]
+
+    def step() -> None:
+        with autocast(images.device, amp):
+            maps = network(images)
+        torch.autograd.backward(maps, [g.to(map_.dtype) for g, map_ in zip(gradients, maps, strict=True)])
+        network.zero_grad()
+
+    return step
+
+
+def check_gradients(name: str, networks: Mapping[str, nn.Module], images: Tensor) -> None:
+    """Compare maps and gradients, folded against plain.
+
+    Raises:
+        WrongRoute: if they differ.
+    """
+    found = {}
+    for route, network in networks.items():
+        torch.manual_seed(0)
+        maps = network(images)
+        torch.autograd.backward(maps, [torch.randn_like(map_) for map_ in maps])
+        tensors = {f'map {i}': map_.detach() for i, map_ in enumerate(maps)}
+        tensors |= {parameter: value.grad for parameter, value in network.named_parameters()}
+        network.zero_grad()
+        found[route] = tensors
+    for tensor, expected in found['plain'].items():
+        error = relative_error(found['folded'][tensor], expected)
+        if not error <= GRADIENT_TOLERANCE:
+            raise WrongRoute(f'{name}: {tensor} differs by {error:.1e} between folded and plain')
+
+
+def measure_training(
+    name: str,
+    networks: Mapping[str, nn.Module],
+    steps: Mapping[str, Run],
+    batch: int,
+    rounds: int,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """The rows of steps that train the networks of the same names, the first of which the others are compared with."""
+    spreads = interleave(steps, rounds, device, name)
+    return [
+        {
+            'name': name,
+            'batch': batch,
+            'route': route,
+            **times(measured, spreads[next(iter(steps))], batch),
+            'saved_bytes': saved_bytes(steps[route], networks[route]),
+            'peak_bytes': peak_bytes(steps[route], device),
+        }
+        for route, measured in spreads.items()
+    ]
+
+
+def benchmark_model(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Whole models: inference unfused, folded and fused, or training iterations plain and folded."""
+    rows: list[dict[str, Any]] = []
+    conditions = f'{"training iteration" if args.train else "inference"}, float32 on {device}'
+    for path in args.configs:
+        cfg = read_config(Path(path), args.cfg_options)
+        size = args.size or input_size(cfg, path)
+        model = build_model(cfg, path, args.checkpoint).to(device)
+        name = f'{Path(path).stem} {size[0]}x{size[1]}'
+        new = [row for batch in args.batch for row in measure_model(name, model, cfg, batch, size, args)]
+        show(f'{name}, {conditions}', new)
+        rows += new
+    draw_bars(args.out_dir / 'model.png', conditions, rows)
+    return {'rows': rows}
+
+
+def input_size(cfg: Config, path: str) -> tuple[int, int]:
+    """Height and width that a config feeds: its crop, or the scale that it tests at; exits with one line without."""
+    size = cfg.model.get('data_preprocessor', {}).get('size')
+    if size:
+        return tuple(size)
+    scales = [step.scale for step in cfg.get('test_pipeline', []) if 'scale' in step]
+    if not scales:
+        sys.exit(f'config {path} names neither data_preprocessor.size nor a scale in its test_pipeline: give --size')
+    return min(scales[0]), max(scales[0])
+
+
+def build_model(cfg: Config, path: str, checkpoint: str | None) -> nn.Module:
+    """The model of a config, with the weights of a checkpoint or like trained ones in the backbone."""
+    if not isinstance(cfg.model.get('backbone'), dict):
+        sys.exit(f'config {path} has no model.backbone')
+    cfg.model.backbone.init_cfg = None
+    try:
+        init_default_scope(cfg.default_scope)
+        torch.manual_seed(0)
+        model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    except Exception as error:  # anything can be wrong in a config
+        sys.exit(f'the model of {path} cannot be built: {one_line(error)}')
+    if not reparam_blocks(model):
+        sys.exit(f'the model of {path} has no block to fold: its backbone is {type(model.backbone).__name__}')
+    if checkpoint:
+        check_checkpoint(checkpoint, '--checkpoint')
+        load_checkpoint(model, checkpoint, map_location='cpu')
+    else:
+        make_trained_like(model.backbone, torch.randn(2, 3, 128, 128))
+    return model
+
+
+def measure_model(
+    name: str,
+    model: nn.Module,
+    cfg: Config,
+    batch: int,
+    size: tuple[int, int],
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """The rows of one model and batch size.
+
+    Raises:
+        WrongRoute: if the backbone's maps are not the same in each form.
+    """
+    device = torch.device(args.device)
+    model.train(args.train)
+    data = model.data_preprocessor(synthetic_samples(cfg, model, batch, size), args.train)
+    with ExitStack() as stack:
+        models = {'plain': plain_copy(model, stack), 'folded': model}
+        if args.train:
+            if not all(block.statistics_frozen() for block in reparam_blocks(model.backbone)):
+                sys.exit(
+                    f'{name} trains with live statistics, which nothing folds: add '
+                    '--cfg-options model.backbone.norm_eval=True'
+                )
+        else:
+            models['fused'] = switch_to_deploy(copy.deepcopy(model))
+        with torch.no_grad():
+            expected = models['plain'].backbone(data['inputs'])
+            for route, twin in models.items():
+                check(f'{route} of {name}', Route(lambda twin=twin: twin.backbone(data['inputs'])), expected, 1e-4)
+        if args.train:
+            steps = {route: training_iteration(twin, cfg, data) for route, twin in models.items()}
+            return measure_training(name, models, steps, batch, args.rounds, device)
+        stack.enter_context(torch.no_grad())
+        runs = {route: lambda twin=twin: twin(**data, mode='predict') for route, twin in models.items()}
+        spreads = interleave(runs, args.rounds, device, name)
+        return [
+            {
+                'name': name,
+                'batch': batch,
+                'route': route,
+                'parameters': count_parameters(models[route]),
+                **times(measured, spreads['plain'], batch),
+                'peak_bytes': peak_bytes(runs[route], device),
+            }
+            for route, measured in spreads.items()
+        ]
+
+
+def synthetic_samples(cfg: Config, model: nn.Module, batch: int, size: tuple[int, int]) -> dict[str, Any]:
+    """Noise with random annotations of the config's task, as a data loader would give it."""
+    classes = max((head.num_classes for head in model.modules() if hasattr(head, 'num_classes')), default=2)
+    if cfg.default_scope == 'mmdet':
+        from mmdet.testing import demo_mm_inputs
+
+        with_mask = getattr(model, 'with_mask', False)
+        return demo_mm_inputs(
+            batch, [(3, *size)] * batch, num_items=[OBJECTS] * batch, num_classes=classes, with_mask=with_mask
+        )
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    samples = [SegDataSample(metainfo=dict(img_shape=size, ori_shape=size, pad_shape=size)) for _ in range(batch)]
+    for sample in samples:
+        sample.gt_sem_seg = PixelData(data=torch.randint(classes, (1, *size)))
+    return {'inputs': list(torch.randint(256, (batch, 3, *size), dtype=torch.uint8)), 'data_samples': samples}
+
+
+def training_iteration(model: nn.Module, cfg: Config, data: dict[str, Any]) -> Run:
+    """Losses, backward and the optimizer's step, with a learning rate of 0 so that all iterations are the same."""
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    for group in wrapper.param_groups:
+        group['lr'] = 0.0
+
+    def iteration() -> None:
+        torch.manual_seed(0)  # heads draw samples
+        with wrapper.optim_context(model):
+            loss, _ = model.parse_losses(model(**data, mode='loss'))
+        wrapper.update_params(loss)
+
+    return iteration
+
+
+COMMANDS = {'backbone': benchmark_backbone, 'train': benchmark_train, 'model': benchmark_model}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print the tables and leave the figures as JSON and as a picture."""
+    args = parse_args(argv)
+    device = set_up(args)
+    machine = describe_machine(device)
+    try:
+        content = COMMANDS[args.command](args, device)
+    except (WrongRoute, CheckpointError) as error:
+        sys.exit(str(error))
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    write_json(args.out_dir / f'{args.command}.json', machine, settings, content)
+    print(f'{args.out_dir / args.command}.json, {args.out_dir / args.command}.png')
+
+
+if __name__ == '__main__':
+    main()
