@@ -69,6 +69,15 @@ def of(network: nn.Module, images: Tensor) -> Route:
     return Route(lambda: network(images), network)
 
 
+def without_shortcuts(network: nn.Module, images: Tensor) -> Route:
+    """A network as it was written: nothing overwritten in place, no memory format chosen for the processor.
+
+    The package takes these shortcuts where gradients are off. Here they are on, for a network that has none to record.
+    """
+    network.requires_grad_(False)
+    return Route(torch.enable_grad()(lambda: network(images)), network)
+
+
 def plain_copy(network: nn.Module, stack: ExitStack) -> nn.Module:
     """A copy of a network, or of a whole model, that runs its branches for as long as the stack lasts."""
     twin = copy.deepcopy(network)
@@ -81,14 +90,9 @@ def fused_copy(source: Source) -> nn.Module:
     return switch_to_deploy(copy.deepcopy(source.network))
 
 
-def stock_copy(source: Source) -> nn.Module:
-    """The plainly fused network: convolutions with biases, and torch's own modules as they are."""
-    return switch_to_deploy(copy.deepcopy(source.network))
-
-
 def plain(source: Source, stack: ExitStack) -> Route:
     """Unfused, branch by branch."""
-    return of(plain_copy(source.network, stack), source.images)
+    return without_shortcuts(plain_copy(source.network, stack), source.images)
 
 
 def folded(source: Source, stack: ExitStack) -> Route:
@@ -97,8 +101,8 @@ def folded(source: Source, stack: ExitStack) -> Route:
 
 
 def fused_plain(source: Source, stack: ExitStack) -> Route:
-    """Fused, of stock convolutions only."""
-    return of(stock_copy(source), source.images)
+    """Fused to convolutions with biases, and no other change."""
+    return without_shortcuts(fused_copy(source), source.images)
 
 
 def fused(source: Source, stack: ExitStack) -> Route:
@@ -108,6 +112,8 @@ def fused(source: Source, stack: ExitStack) -> Route:
 
 def channels_last(source: Source, stack: ExitStack) -> Route:
     """Fused, with the channels of each pixel side by side in memory."""
+    if source.images.device.type == 'cpu':
+        raise LeftOut('on a CPU the deployed network runs so anyway')
     network = fused_copy(source).to(memory_format=torch.channels_last)
     return of(network, source.images.contiguous(memory_format=torch.channels_last))
 

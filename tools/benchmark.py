@@ -22,7 +22,7 @@ from _bench import (
     draw_variants,
     interleave,
     make_trained_like,
-    matrix_products,
+    matrix_product,
     peak_bytes,
     relative_error,
     saved_bytes,
@@ -30,7 +30,7 @@ from _bench import (
     write_json,
 )
 from _launch import check_checkpoint, one_line, read_config
-from _routes import ROUTES, LeftOut, Route, Source, WrongRoute, check, plain_copy, stock_copy
+from _routes import ROUTES, LeftOut, Route, Source, WrongRoute, check, fused_copy, plain_copy
 from mmengine.config import Config, DictAction
 from mmengine.model.utils import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
@@ -254,8 +254,8 @@ def measure_routes(
         with torch.backends.cudnn.flags(allow_tf32=False):
             expected = reference(images)
         source = Source(name, copy.deepcopy(network).to(dtype), images.to(dtype))
-        stock = stock_copy(source)
-        macs = {'plain': count_macs(reference, images[:1]), 'fused': count_macs(stock, source.images[:1])}
+        deployed = fused_copy(source)
+        macs = {'plain': count_macs(reference, images[:1]), 'fused': count_macs(deployed, source.images[:1])}
 
         routes: dict[str, Route] = {}
         for route in args.routes:
@@ -267,15 +267,14 @@ def measure_routes(
             check(f'{route} of {name}', routes[route], expected, tolerance)
         if not routes:
             sys.exit(f'none of the routes can be taken here: {"; ".join(left_out.values())}')
-        products, product_macs = matrix_products(device, dtype)
-        candidates = {route: prepared.run for route, prepared in routes.items()} | products
+        product, product_macs = matrix_product(device, dtype)
+        candidates = {route: prepared.run for route, prepared in routes.items()} | {'roofline': product}
         spreads = interleave(candidates, args.rounds, device, f'{name}, batch {batch}')
         peaks = {route: peak_bytes(prepared.run, device) for route, prepared in routes.items() if prepared.network}
 
-    # The time that the fused network's arithmetic would take at the rate of the faster product.
-    product_spreads = {product: spreads.pop(product) for product in products}
-    fastest = min(product_spreads.values())
-    spreads['roofline'] = Spread(*(seconds * macs['fused'] * batch / product_macs for seconds in fastest))
+    # The time that the fused network's arithmetic would take at the product's rate.
+    rate = product_macs / spreads['roofline'].median
+    spreads['roofline'] = Spread(*(seconds * macs['fused'] * batch / product_macs for seconds in spreads['roofline']))
     first = next(iter(spreads.values()))
     rows = []
     for route, measured in spreads.items():
@@ -283,12 +282,10 @@ def measure_routes(
         row['times_roofline'] = measured.median / spreads['roofline'].median
         row['macs'] = macs['plain' if route == 'plain' else 'fused']
         if route in routes:
-            row['parameters'] = count_parameters(routes[route].network or stock)
+            row['parameters'] = count_parameters(routes[route].network or deployed)
             row['peak_bytes'] = peaks.get(route)
         else:
-            row['gmacs_per_s'] = {
-                product: product_macs / taken.median / 1e9 for product, taken in product_spreads.items()
-            }
+            row['gmacs_per_s'] = rate / 1e9
         rows.append(row)
     return rows
 
