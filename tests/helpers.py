@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repvit_mm import RepViT
+from repvit_mm import FastViT, RepViT
 from repvit_mm.layers import ConvBN
 from repvit_mm.repvit import TokenMixer
 
 DATA = Path(__file__).parent / 'data'
-HEADS = ('classifier.', 'head.')
+HEADS = ('classifier.', 'head.', 'conv_exp.', 'final_conv.')
 STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 reference_tensor = runpy.run_path(str(DATA / 'reference_weights.py'))['reference_tensor']
@@ -63,6 +63,11 @@ GOLDENS = [
         Golden(f'timm_repvit_{arch}', RepViT, arch, {'pre_downsample': 'stage'})
         for arch in ('m1', 'm2', 'm3', 'm0_9', 'm1_1')
     ),
+    *(
+        Golden(f'fastvit_{arch}', FastViT, arch, {'stage_end': 'stage'})
+        for arch in ('t8', 't12', 's12', 'sa12', 'sa24', 'sa36', 'ma36')
+    ),
+    *(Golden(f'timm_fastvit_{arch}', FastViT, arch, {'stage_end': 'stage'}) for arch in ('t8', 'sa12')),
 ]
 
 # Small networks with every kind of block, for tests that run many of them.
