@@ -311,12 +311,12 @@ class ReparamBackbone(BaseModule, ABC):
         source = source_of(tensors.values())
         names = self.naming.translate(tensors)
         whole = {ours: tensors[name] for name, ours in names.items() if ours is not None}
-        form = form_of(whole, self.block_names(self.spec))
+        _, kernels = self.layout(self.spec)
+        form = form_of(whole, kernels)
         if self.deployed and form != 'fused':
-            twin = self._twin(whole)
-            twin.load_state_dict(whole)
+            twin = self.from_tensors(whole, **self._options())
             print_log(f'{source.file}: fused while loading', 'current', logging.INFO)
-            return switch_to_deploy(twin).state_dict()
+            return switch_to_deploy(twin).to(next(self.parameters()).dtype).state_dict()
 
         fitted = {name: tensor for name, tensor in whole.items() if not self._is_not_built(name)}
         aside = {
@@ -360,11 +360,22 @@ class ReparamBackbone(BaseModule, ABC):
         names = [name for name, spec in self.specs.items() if spec == self.spec]
         return f'{type(self).__name__} {names[0] if names else "of a spec of its own"}'
 
-    def _twin(self, tensors: Mapping[str, Tensor]) -> 'ReparamBackbone':
-        """A network of the same tensors in the form of ``tensors``, by our names; float64, so that fusing is exact."""
-        twin = type(self)(**self._options()).double()
-        blocks = {name: block for name, block in twin.named_modules() if name in self.block_names(self.spec)}
-        return switch_to_deploy(twin, [blocks[name] for name in fused_blocks(tensors, blocks)])
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], **options: Any) -> 'ReparamBackbone':
+        """A network of these tensors and in their form, in float64, so that fusing what is left is exact.
+
+        Args:
+            tensors: All tensors of a backbone by our names.
+            options: Arguments of the class.
+
+        Raises:
+            CheckpointError: if they do not fit.
+        """
+        network = cls(**options).double()
+        names = {module: name for name, module in network.named_modules()}
+        switch_to_deploy(network, [block for block in reparam_blocks(network) if f'{names[block]}.weight' in tensors])
+        network.load_state_dict(tensors)
+        return network
 
     def _advice(self, tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> str | None:
         """What to do about tensors that are those of another variant, or of this one in its other form.
@@ -398,7 +409,10 @@ class ReparamBackbone(BaseModule, ABC):
         """
         shapes = {n: shape for n, shape in without_counters(tensors).items() if not n.startswith(cls.optional)}
         archs = [arch for arch, spec in cls.specs.items() if cls.variant_shapes(spec, shapes) == shapes]
-        return Recognized(cls, archs, form_of(shapes, cls.block_names(cls.specs[archs[0]]))) if archs else None
+        if not archs:
+            return None
+        _, kernels = cls.layout(cls.specs[archs[0]])
+        return Recognized(cls, archs, form_of(shapes, kernels))
 
     @classmethod
     def variant_shapes(cls, spec: Any, like: Collection[str]) -> dict[str, torch.Size]:
@@ -408,30 +422,34 @@ class ReparamBackbone(BaseModule, ABC):
             spec: The variant's.
             like: Tensor names; the blocks that they hold as one convolution are so in the result.
         """
-        blocks = cls.block_names(spec)
-        fused = fused_blocks(like, blocks)
-        training_shapes, fused_shapes = cls._shapes(spec)
-        return {name: shape for name, shape in training_shapes.items() if block_of(name, blocks) not in fused} | {
-            name: shape for name, shape in fused_shapes.items() if block_of(name, blocks) in fused
-        }
+        shapes, kernels = cls.layout(spec)
+        fused = fused_blocks(like, kernels)
+        variant = {name: shape for name, shape in shapes.items() if block_of(name, kernels) not in fused}
+        for block in fused:
+            weight, bias = kernels[block]
+            variant |= {f'{block}.weight': weight, f'{block}.bias': bias}
+        return variant
 
     @classmethod
     @cache
-    def block_names(cls, spec: Any) -> frozenset[str]:
-        """The names of a variant's outermost re-parameterizable blocks."""
-        with torch.device('meta'):
-            network = cls(asdict(spec))
-        blocks = set(reparam_blocks(network))
-        return frozenset(name for name, module in network.named_modules() if module in blocks)
+    def layout(cls, spec: Any) -> tuple[dict[str, torch.Size], dict[str, tuple[torch.Size, torch.Size]]]:
+        """What a variant is made of, without its numbers; not to be changed.
 
-    @classmethod
-    @cache
-    def _shapes(cls, spec: Any) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
-        """The shapes of a variant's tensors in training and in fused form; not to be changed."""
+        Returns:
+            The shapes of its tensors in training form, batch counters left out; and the names of its outermost
+            re-parameterizable blocks with the shapes of their kernels and biases.
+        """
         with torch.device('meta'):
             network = cls(asdict(spec))
         shapes = without_counters(network.state_dict())
-        return shapes, without_counters(switch_to_deploy(network).state_dict())
+        blocks = set(reparam_blocks(network))
+        kernels = {}
+        with torch.no_grad():
+            for name, block in network.named_modules():
+                if block in blocks:  # on the meta device each step would take ten times as long
+                    weight, bias = block.to_empty(device='cpu').equivalent_kernel()
+                    kernels[name] = weight.shape, bias.shape
+        return shapes, kernels
 
     def _is_not_built(self, name: str) -> bool:
         """Whether a full network of this spec has a tensor of that name in a block that this network does not build."""
@@ -442,9 +460,14 @@ class ReparamBackbone(BaseModule, ABC):
         return i < NUM_STAGES and j < self._stage_lengths()[i] and (i, j) > max(self._tapped)
 
 
+def families() -> list[type[ReparamBackbone]]:
+    """The classes of backbones that there are."""
+    return ReparamBackbone.__subclasses__()
+
+
 def identify(tensors: Mapping[str, Tensor]) -> Recognized | None:
     """What tensors of a backbone, by any names, are; ``None`` if they are exactly those of no variant of any family."""
-    for family in ReparamBackbone.__subclasses__():
+    for family in families():
         names = family.naming.translate(tensors)
         found = family.recognize({ours: tensors[name] for name, ours in names.items() if ours is not None})
         if found:

@@ -97,7 +97,10 @@ def conv_bn(ours: str, authors: str, timm: str) -> tuple[Names, Names]:
     return Names(ours, authors, timm), Names(f'{ours}.conv', f'{authors}.c', f'{timm}.c')
 
 
-REPVIT_STEM = (*conv_bn('stem.conv1', 'features.0.0', 'stem.conv1'), *conv_bn('stem.conv2', 'features.0.2', 'stem.conv2'))
+REPVIT_STEM = (
+    *conv_bn('stem.conv1', 'features.0.0', 'stem.conv1'),
+    *conv_bn('stem.conv2', 'features.0.2', 'stem.conv2'),
+)
 REPVIT_BLOCK = (
     Names('token_mixer', 'token_mixer.0', 'token_mixer'),
     *conv_bn('token_mixer.conv3x3', 'token_mixer.0.conv', 'token_mixer.conv'),
@@ -213,9 +216,13 @@ FASTVIT_ATTENTION_BLOCK = (
 )
 
 
+FASTVIT_ATTENTION = r'network\.(6\.pe|6\.reparam_conv|7)\.|stages\.3\.(pos_emb|0\.position)\.'
+"""Pattern of names that only a FastViT with attention has."""
+
+
 def fastvit_table(names: Collection[str]) -> list[Names]:
     """The names of every module that holds tensors in the FastViT that ``names`` speak of."""
-    attention = any(re.match(r'network\.(6\.pe|6\.reparam_conv|7)\.|stages\.3\.(pos_emb|0\.position)\.', n) for n in names)
+    attention = any(re.match(FASTVIT_ATTENTION, name) for name in names)
     depths = [0, 0, 0, 0]
     for name in names:
         if match := re.match(r'network\.([0-7])\.(\d+)\.', name):

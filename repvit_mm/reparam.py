@@ -30,7 +30,7 @@ class Kernel(NamedTuple):
 def conv_kernel(layer: nn.Conv2d | nn.Linear) -> Kernel:
     """The kernel of a convolution, or of a linear layer over the channels (a 1x1 one); a missing bias is zero."""
     weight = layer.weight if layer.weight.dim() == 4 else layer.weight[:, :, None, None]
-    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias
+    bias = weight.new_zeros(weight.shape[0]) if layer.bias is None else layer.bias
     return Kernel(weight, bias)
 
 

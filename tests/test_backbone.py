@@ -18,7 +18,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from repvit_mm import RepViT, switch_to_deploy
+from repvit_mm import FastViT, RepViT, switch_to_deploy
 from repvit_mm.backbone import ReparamBackbone
 from repvit_mm.checkpoint import CheckpointError
 from repvit_mm.layers import StochasticDepth
@@ -45,7 +45,14 @@ def x() -> Tensor:
     return torch.randn(2, 3, 64, 96)
 
 
-@pytest.fixture(scope='module', params=GOLDENS, ids=lambda golden: golden.name)
+LARGE = ('sa24', 'sa36', 'ma36')
+ALL_GOLDENS = [
+    pytest.param(golden, id=golden.name, marks=pytest.mark.slow if golden.arch in LARGE else ()) for golden in GOLDENS
+]
+FIRST_GOLDENS = [next(golden for golden in GOLDENS if golden.backbone is cls) for cls in (RepViT, FastViT)]
+
+
+@pytest.fixture(scope='module', params=ALL_GOLDENS)
 def golden(request: pytest.FixtureRequest) -> Golden:
     return request.param
 
@@ -120,7 +127,7 @@ class TestMaps:
     def test_strides_and_channels(self, build, size, deploy):
         network = build(deploy=deploy).eval()
         maps = network(torch.randn(2, 3, *size))
-        widths = {4: 8, 8: 16, 16: 24, 32: 32}
+        widths = dict(zip((4, 8, 16, 32), network.spec.channels, strict=True))
         assert [m.shape for m in maps] == [(2, c, *(math.ceil(side / s) for side in size)) for s, c in widths.items()]
         assert network.out_channels == tuple(widths.values())
 
@@ -134,11 +141,11 @@ class TestMaps:
             log.clear()
             part.load_state_dict(whole.state_dict(), strict=True)
             aside = len(whole.state_dict()) - len(part.state_dict())
-            assert part.out_channels == tuple((8, 16, 24, 32)[i] for i in out_indices)
+            assert part.out_channels == tuple(whole.out_channels[i] for i in out_indices)
             assert all(torch.equal(a, b) for a, b in zip(part(x), [whole(x)[i] for i in out_indices], strict=True))
             count = len(part.state_dict())
             assert len(log) == 1 and f' {count}/{count} backbone tensors loaded' in log[0]
-            assert (f'; {aside} set aside (behind the last tap of out_indices={out_indices})' in log[0]) == (aside > 0)
+            assert (f'; {aside} set aside (not built for out_indices={out_indices})' in log[0]) == (aside > 0)
 
     @pytest.mark.parametrize('out_indices', SUBSETS, ids=str)
     def test_every_parameter_gets_a_gradient(self, build, out_indices, x):
@@ -148,18 +155,19 @@ class TestMaps:
             assert [name for name, parameter in network.named_parameters() if parameter.grad is None] == []
 
     def test_taps_differ_but_for_the_last_stage(self, build, x):
-        end, before = (build(tap=tap).eval()(x) for tap in ('stage_end', 'pre_downsample'))
-        assert [torch.equal(a, b) for a, b in zip(end, before, strict=True)] == [False, False, False, True]
+        end, *others = (build(tap=tap).eval()(x) for tap in build().taps)
+        for before in others:
+            assert [torch.equal(a, b) for a, b in zip(end, before, strict=True)] == [False, False, False, True]
 
-    def test_set_aside_head_is_logged_beside_unbuilt_stages(self, log):
-        golden = GOLDENS[0]
+    @pytest.mark.parametrize('golden', FIRST_GOLDENS, ids=lambda golden: golden.name)
+    def test_set_aside_head_is_logged_beside_unbuilt_stages(self, golden, log):
         network = golden.backbone(golden.arch, out_indices=(0, 1))
         network.load_state_dict(golden.state_dict(), strict=True)
         heads = sum(name.startswith(HEADS) for name in golden.shapes)
         unbuilt = len(golden.shapes) - heads - len(network.state_dict())
         assert len(log) == 1
         assert f'; {heads} set aside (classification head)' in log[0]
-        assert f'; {unbuilt} set aside (behind the last tap' in log[0]
+        assert f'; {unbuilt} set aside (not built for out_indices=(0, 1))' in log[0]
 
     def test_stages_beyond_those_of_the_variant_are_not_set_aside(self, build):
         network = build(out_indices=(0,))
@@ -246,8 +254,8 @@ class TestFolding:
         assert len(errors) == len(list(network.parameters())) + 1
         assert max(errors.values()) < 1e-9
 
-    def test_gradients_of_a_published_network_are_those_of_the_branches(self):
-        golden = GOLDENS[0]
+    @pytest.mark.parametrize('golden', FIRST_GOLDENS, ids=lambda golden: golden.name)
+    def test_gradients_of_a_published_network_are_those_of_the_branches(self, golden):
         network = golden.backbone(golden.arch, norm_eval=True).double().train()
         network.load_state_dict(golden.state_dict())
         assert max(gradient_errors(network, image().double()).values()) < 1e-9
@@ -259,7 +267,7 @@ class TestFolding:
         with plain_formulation(network):
             expected = network(x)
         for block in reparam_blocks(network):
-            tensor = next(tensor for name, tensor in block.named_parameters() if name.endswith('conv.weight'))
+            tensor = next(tensor for tensor in block.parameters() if tensor.dim() in (2, 4))
             before = tensor.clone()
             tensor.mul_(0.9)
             assert largest_error(network(x), expected) > 1e-6
@@ -271,7 +279,7 @@ class TestFolding:
         network = build(norm_eval=True).double().train()
         expected = gradients(network, x.double())
         with torch.no_grad():
-            reparam_blocks(network)[-1].state_dict()['bn.running_var'].mul_(1.001)
+            norms(network)[-1].running_var.mul_(1.001)
         actual = gradients(network, x.double())
         assert max(relative_error(gradient, expected[name]) for name, gradient in actual.items()) > 1e-6
 
@@ -337,14 +345,15 @@ class TestDeploy:
 
     @pytest.mark.parametrize('fused', [False, True])
     def test_copies_are_the_same_network(self, build, x, fused):
-        network = build(tap='pre_downsample', out_indices=(0, 2)).eval()
+        options = {'tap': list(build().taps)[-1], 'out_indices': (0, 2)}
+        network = build(**options).eval()
         if fused:
             switch_to_deploy(network)
         expected = network(x)
         file = io.BytesIO()
         torch.save(network.state_dict(), file)
         file.seek(0)
-        loaded = build(tap='pre_downsample', out_indices=(0, 2), deploy=fused).eval()
+        loaded = build(**options, deploy=fused).eval()
         for tensor in loaded.state_dict().values():
             tensor.zero_()
         loaded.load_state_dict(torch.load(file, weights_only=True), strict=True)
@@ -404,8 +413,12 @@ class TestCheckpointing:
 
 class TestStochasticDepth:
     @staticmethod
-    def rates(network: nn.Module) -> list[float]:
-        return [module.rate for module in network.modules() if isinstance(module, StochasticDepth)]
+    def rates(network: ReparamBackbone) -> list[float]:
+        """The one rate of each block that has any."""
+        blocks = [block for stage in network.stages for block in stage]
+        found = [{m.rate for m in block.modules() if isinstance(m, StochasticDepth)} for block in blocks]
+        assert all(len(rates) <= 1 for rates in found)
+        return [rate for rates in found for rate in rates]
 
     def test_rate_grows_linearly_over_the_blocks(self, build):
         rates = self.rates(build(drop_path_rate=0.3))
@@ -425,12 +438,9 @@ class TestArguments:
     @pytest.mark.parametrize(
         ('options', 'error', 'words'),
         [
-            (dict(arch='m1_2'), ValueError, ["arch='m1_2'", "nearest is 'm1_"]),
-            (dict(arch='repvit_m1_1'), ValueError, ['arch=', "nearest is 'm1_1'"]),
             (dict(arch=None), TypeError, ['arch=None', 'a name or a dict']),
             (dict(tap='stage_ends'), ValueError, ["tap='stage_ends'", "nearest is 'stage_end'"]),
-            (dict(tap='predownsample'), ValueError, ['tap=', "nearest is 'pre_downsample'"]),
-            (dict(tap=None), ValueError, ['tap=None', 'stage_end', 'pre_downsample']),
+            (dict(tap=None), ValueError, ['tap=None', 'stage_end']),
             (dict(out_indices=(0, 1, 1)), ValueError, ['out_indices=(0, 1, 1)', 'nearest is (0, 1)']),
             (dict(out_indices=(2, 0)), ValueError, ['out_indices=(2, 0)', 'nearest is (0, 2)']),
             (dict(out_indices=(1, 2, 3, 4)), ValueError, ['out_indices=(1, 2, 3, 4)', 'nearest is (1, 2, 3)']),
@@ -453,12 +463,32 @@ class TestArguments:
             (dict(arch=dict(channels=(8, 16, 24, 32))), TypeError, ['arch=', 'depths']),
             (dict(arch=dict(channels=8, depths=(1, 1, 1, 1))), (TypeError, ValueError), ['channels', '8']),
             (dict(arch=dict(channels=(8, 16, 24), depths=(1, 1, 1, 1))), ValueError, ['channels=(8, 16, 24)', 'four']),
-            (dict(arch=dict(channels=(7, 16, 24, 32), depths=(1, 1, 1, 1))), ValueError, ['channels=', 'even']),
         ],
         ids=lambda value: str(value) if isinstance(value, dict) else '',
     )
     @pytest.mark.parametrize('cls', sorted({cls for cls, _ in SMALL.values()}, key=str))
     def test_bad_argument_names_itself_and_what_is_valid(self, cls, options, error, words):
+        self.check(cls, options, error, words)
+
+    @pytest.mark.parametrize(
+        ('cls', 'options', 'words'),
+        [
+            (RepViT, dict(arch='m1_2'), ["arch='m1_2'", "nearest is 'm1_"]),
+            (RepViT, dict(arch='repvit_m1_1'), ['arch=', "nearest is 'm1_1'"]),
+            (RepViT, dict(tap='predownsample'), ['tap=', "nearest is 'pre_downsample'"]),
+            (RepViT, dict(arch=dict(channels=(7, 16, 24, 32), depths=(1, 1, 1, 1))), ['channels=', 'even']),
+            (FastViT, dict(arch='sa18'), ["arch='sa18'", "nearest is 'sa"]),
+            (FastViT, dict(arch='fastvit-m36'), ['arch=', "nearest is 'ma36'"]),
+            (FastViT, dict(tap='pre_downsample'), ['tap=', 'expected one of stage_end']),
+            (FastViT, dict(arch=dict(channels=(8, 16, 24, 32), depths=(1, 1, 1, 1))), ['channels=', 'a multiple']),
+        ],
+        ids=str,
+    )
+    def test_bad_argument_of_one_family(self, cls, options, words):
+        self.check(cls, options, ValueError, words)
+
+    @staticmethod
+    def check(cls, options, error, words):
         with pytest.raises(error) as raised:
             cls(**options)
         message = str(raised.value)
@@ -558,6 +588,6 @@ class TestTorch:
 def test_public_names():
     import repvit_mm
 
-    assert set(repvit_mm.__all__) >= {'RepViT', 'FuseOnDeployHook', 'switch_to_deploy'}
+    assert set(repvit_mm.__all__) >= {'FastViT', 'RepViT', 'FuseOnDeployHook', 'switch_to_deploy'}
     assert all(hasattr(repvit_mm, name) for name in repvit_mm.__all__)
     assert repvit_mm.RepViT is RepViT
