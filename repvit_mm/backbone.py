@@ -461,8 +461,8 @@ class ReparamBackbone(BaseModule, ABC):
 
 
 def families() -> list[type[ReparamBackbone]]:
-    """The classes of backbones that there are."""
-    return ReparamBackbone.__subclasses__()
+    """The classes of backbones that there are, by name."""
+    return sorted(ReparamBackbone.__subclasses__(), key=lambda family: family.__name__)
 
 
 def identify(tensors: Mapping[str, Tensor]) -> Recognized | None:
