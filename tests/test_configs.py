@@ -49,8 +49,11 @@ def scope_restored():
     DefaultScope._instance_dict.update(before)
 
 
+read = cache(Config.fromfile)
+
+
 def load(path):
-    cfg = Config.fromfile(path)
+    cfg = copy.deepcopy(read(path))
     init_default_scope(cfg.default_scope)
     return cfg
 
