@@ -313,10 +313,14 @@ class ReparamBackbone(BaseModule, ABC):
         whole = {ours: tensors[name] for name, ours in names.items() if ours is not None}
         _, kernels = self.layout(self.spec)
         form = form_of(whole, kernels)
+        own = self.state_dict()
+        fresh = {}
+        if not any(name.startswith(self.optional) for name in whole):
+            fresh = {name: tensor for name, tensor in own.items() if name.startswith(self.optional)}
         if self.deployed and form != 'fused':
             twin = self.from_tensors(whole, **self._options())
             print_log(f'{source.file}: fused while loading', 'current', logging.INFO)
-            return switch_to_deploy(twin).to(next(self.parameters()).dtype).state_dict()
+            return switch_to_deploy(twin).to(next(self.parameters()).dtype).state_dict() | fresh
 
         fitted = {name: tensor for name, tensor in whole.items() if not self._is_not_built(name)}
         aside = {
@@ -324,14 +328,10 @@ class ReparamBackbone(BaseModule, ABC):
             f'not built for out_indices={self.out_indices}': len(whole) - len(fitted),
             'other parts of a model': others,
         }
-        own = self.state_dict()
+        fitted |= fresh
         for name, tensor in own.items():
             if name.endswith('num_batches_tracked'):  # absent from old files, and nothing depends on it
                 fitted.setdefault(name, torch.zeros_like(tensor))
-        fresh = {}
-        if not any(name.startswith(self.optional) for name in whole):
-            fresh = {name: tensor for name, tensor in own.items() if name.startswith(self.optional)}
-            fitted |= fresh
         missing = [name for name in own if name not in fitted]
         unexplained = [name for name in fitted if name not in own]
         reshaped = [name for name in own if name in fitted and fitted[name].shape != own[name].shape]
@@ -392,7 +392,7 @@ class ReparamBackbone(BaseModule, ABC):
                 return f'it holds another network (its first tensor is {next(iter(whole))})'
             return None
         family, archs, form = found
-        if family is not type(self):
+        if not isinstance(self, family):
             name = family.__name__
             return f"it holds {name} {archs[0]}: set type='{name}', arch={archs[0]!r} or take another file"
         if self.spec not in [self.specs[arch] for arch in archs]:

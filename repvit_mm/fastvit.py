@@ -3,6 +3,7 @@
 Source: https://arxiv.org/abs/2303.14189.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .backbone import NUM_STAGES, ReparamBackbone, refuse_unknown
+from .backbone import ReparamBackbone, refuse_unknown
 from .layers import ChannelLinear, ConvBN, LayerScale, NormLinear, StochasticDepth
 from .names import FASTVIT_NAMES
 from .reparam import (
@@ -323,9 +324,8 @@ class FastViT(ReparamBackbone):
         return {**super()._options(), 'out_norm': self.out_norm}
 
     def _is_not_built(self, name: str) -> bool:
-        head, index = name.split('.')[:2]
-        if self.out_norm and head == 'out_norms' and index in map(str, range(NUM_STAGES)):
-            return index not in self.out_norms
+        if self.out_norm and (match := re.match(r'out_norms\.([0-3])\.', name)):
+            return match[1] not in self.out_norms
         return super()._is_not_built(name)
 
     def _advice(self, tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> str | None:

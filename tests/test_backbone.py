@@ -172,7 +172,7 @@ class TestMaps:
     def test_stages_beyond_those_of_the_variant_are_not_set_aside(self, build):
         network = build(out_indices=(0,))
         weights = network.state_dict()
-        for name in ('stages.4.0.x', 'stages.1.99.x', 'stages.0.2.x', 'stages.0.x', 'stages.a.0.x'):
+        for name in ('stages.4.0.x', 'stages.1.99.x', 'stages.0.2.x', 'stages.0.x', 'stages.a.0.x', 'x'):
             with pytest.raises(CheckpointError, match=re.escape(f'unexplained: 1 ({name})')):
                 network.load_state_dict({**weights, name: torch.zeros(1)}, strict=True)
 
@@ -478,7 +478,7 @@ class TestArguments:
             (RepViT, dict(tap='predownsample'), ['tap=', "nearest is 'pre_downsample'"]),
             (RepViT, dict(arch=dict(channels=(7, 16, 24, 32), depths=(1, 1, 1, 1))), ['channels=', 'even']),
             (FastViT, dict(arch='sa18'), ["arch='sa18'", "nearest is 'sa"]),
-            (FastViT, dict(arch='fastvit-m36'), ['arch=', "nearest is 'ma36'"]),
+            (FastViT, dict(arch='ma-36'), ['arch=', "nearest is 'ma36'"]),
             (FastViT, dict(tap='pre_downsample'), ['tap=', 'expected one of stage_end']),
             (FastViT, dict(arch=dict(channels=(8, 16, 24, 32), depths=(1, 1, 1, 1))), ['channels=', 'a multiple']),
         ],

@@ -161,6 +161,7 @@ class TestOutNorm:
         weights = randomize(FastViT(ARCH)).state_dict()
         for deploy in (False, True):
             network = FastViT(ARCH, out_norm=True, deploy=deploy)
+            randomize(network.out_norms)  # a network may have norms of its own already
             fresh = {name: tensor.clone() for name, tensor in network.out_norms.state_dict().items()}
             log.clear()
             network.load_state_dict(weights, strict=True)
@@ -193,6 +194,12 @@ class TestOutNorm:
         del weights['out_norms.2.weight']
         with pytest.raises(CheckpointError, match=r'missing: 1 \(out_norms\.2\.weight\)'):
             self.build().load_state_dict(weights, strict=False)
+
+    @pytest.mark.parametrize('name', ['out_norms.4.weight', 'out_norms', 'x'])
+    def test_unknown_tensors_are_refused(self, name):
+        network = self.build(out_indices=(1, 2))
+        with pytest.raises(CheckpointError, match=rf'unexplained: 1 \({name}\)'):
+            network.load_state_dict({**network.state_dict(), name: torch.zeros(1)})
 
     def test_learns_with_every_stage_frozen(self, x):
         network = self.build(frozen_stages=4).train()
