@@ -1,4 +1,4 @@
-"""RepViT for MMDetection, MMSegmentation and every other library that stands on MMEngine."""
+"""RepViT and FastViT for MMDetection, MMSegmentation and every other library that stands on MMEngine."""
 
 from ._versions import check_frameworks
 
@@ -6,6 +6,7 @@ check_frameworks()
 
 from mmengine.config.utils import MODULE2PACKAGE  # noqa: E402
 
+from .fastvit import FastViT  # noqa: E402
 from .hooks import FuseOnDeployHook  # noqa: E402
 from .reparam import switch_to_deploy  # noqa: E402
 from .repvit import RepViT  # noqa: E402
@@ -17,6 +18,7 @@ MODULE2PACKAGE.setdefault('repvit_mm', 'repvit_mm.repvit')
 
 __version__ = '0.1.0'
 __all__ = [
+    'FastViT',
     'FuseOnDeployHook',
     'RepViT',
     'ResumableCheckpointHook',

@@ -4,12 +4,12 @@ import difflib
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cache
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from mmengine.logging import print_log
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoint import CheckpointError, describe_misfit, find_backbone, is_fused, source_of, without_counters
-from .names import WHOSE, origin_of, translate
+from .checkpoint import CheckpointError, describe_misfit, find_backbone, source_of, without_counters
+from .names import WHOSE, Naming
 from .reparam import ReparamBlock, kernels_together, reparam_blocks, runs_eagerly, switch_to_deploy
 
 NUM_STAGES = 4
@@ -79,6 +79,34 @@ class RunningStatisticsKept:
             norm._buffers.update(buffers)
 
 
+def fused_blocks(names: Collection[str], blocks: Collection[str]) -> frozenset[str]:
+    """Those of a network's outermost re-parameterizable blocks that tensor names hold as one convolution."""
+    return frozenset(block for block in blocks if f'{block}.weight' in names)
+
+
+def block_of(name: str, blocks: Collection[str]) -> str | None:
+    """The block that a tensor belongs to, if it belongs to one."""
+    while name and name not in blocks:
+        name = name.rpartition('.')[0]
+    return name or None
+
+
+def form_of(names: Collection[str], blocks: Collection[str]) -> str:
+    """The form of a network's tensors: ``'training'``, ``'fused'``, or ``'partly fused'`` as others' code leaves it."""
+    fused = fused_blocks(names, blocks)
+    if not fused:
+        return 'training'
+    return 'fused' if {block_of(name, blocks) for name in names} - {None} == fused else 'partly fused'
+
+
+class Recognized(NamedTuple):
+    """What tensors are: the class, the variants, several where fusing makes them equal, and the form."""
+
+    family: 'type[ReparamBackbone]'
+    archs: list[str]
+    form: str
+
+
 class ReparamBackbone(BaseModule, ABC):
     """A stem and four stages of blocks with maps at strides 4, 8, 16 and 32.
 
@@ -104,6 +132,9 @@ class ReparamBackbone(BaseModule, ABC):
     spec_type: ClassVar[type]
     taps: ClassVar[Mapping[str, int]] = {'stage_end': 0}
     """Name of a tap -> how many blocks before the end of stages 0 to 2 it lies."""
+    naming: ClassVar[Naming]
+    optional: ClassVar[tuple[str, ...]] = ()
+    """What the names of tensors begin with that start fresh where a file has none of them."""
 
     def __init__(
         self,
@@ -135,11 +166,12 @@ class ReparamBackbone(BaseModule, ABC):
         self.with_cp = with_cp
 
         self.stem = self._make_stem()
-        last = max(sum(self._stage_lengths()) - 1, 1)
-        rates = iter([drop_path_rate * position / last for position in range(sum(self._stage_lengths()))])
+        lengths = self._residual_lengths()
+        last = max(sum(lengths) - 1, 1)
+        rates = iter([drop_path_rate * position / last for position in range(sum(lengths))])
         stages = [
             self._make_stage(index, list(islice(rates, length)))
-            for index, length in enumerate(self._stage_lengths()[: self.out_indices[-1] + 1])
+            for index, length in enumerate(lengths[: self.out_indices[-1] + 1])
         ]
         # The last stage has no downsample behind it, so its map is its end under every tap.
         offsets = [self.taps[tap]] * (NUM_STAGES - 1) + [0]
@@ -179,11 +211,28 @@ class ReparamBackbone(BaseModule, ABC):
 
     @abstractmethod
     def _make_stage(self, index: int, drop_path_rates: Sequence[float]) -> list[nn.Module]:
-        """The blocks of one stage; the first one of stages 1 to 3 halves the map."""
+        """The blocks of one stage; the first one of stages 1 to 3 halves the map.
+
+        Args:
+            index: The stage, from 0 to 3.
+            drop_path_rates: Stochastic depth of each of its residual blocks.
+        """
 
     @abstractmethod
     def _stage_lengths(self) -> list[int]:
         """The number of blocks of each of the four stages."""
+
+    def _residual_lengths(self) -> list[int]:
+        """The number of blocks with stochastic depth of each of the four stages."""
+        return self._stage_lengths()
+
+    def _output(self, index: int, x: Tensor) -> Tensor:
+        """The map to return of a stage whose tapped map is ``x``, of the same shape."""
+        return x
+
+    def _options(self) -> dict[str, Any]:
+        """Arguments that build a network of the same tensors, unfused."""
+        return {'arch': asdict(self.spec), 'out_indices': self.out_indices, 'tap': self.tap}
 
     @property
     def out_channels(self) -> tuple[int, ...]:
@@ -216,7 +265,7 @@ class ReparamBackbone(BaseModule, ABC):
                 for j, block in enumerate(stage):
                     x = self._run(block, x)
                     if (i, j) in self._tapped:
-                        maps.append(x)
+                        maps.append(self._output(i, x))
         return tuple(maps)
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
@@ -256,7 +305,7 @@ class ReparamBackbone(BaseModule, ABC):
         given = {
             name.removeprefix(prefix): state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)
         }
-        tensors, others = (given, 0) if prefix else find_backbone(given)
+        tensors, others = (given, 0) if prefix else find_backbone(given, self.naming)
         for name, tensor in self._fit(tensors, others).items():
             state_dict[prefix + name] = tensor
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -272,36 +321,40 @@ class ReparamBackbone(BaseModule, ABC):
             CheckpointError: if a tensor of this network is missing or of another shape, or if one is unexplained.
         """
         source = source_of(tensors.values())
-        names = translate(tensors)
+        names = self.naming.translate(tensors)
         whole = {ours: tensors[name] for name, ours in names.items() if ours is not None}
-        fused = is_fused(whole)
-        if self.deployed and not fused:
-            twin = type(self)(asdict(self.spec), self.out_indices, self.tap)
-            twin.load_state_dict(whole)
+        _, kernels = self.layout(self.spec)
+        form = form_of(whole, kernels)
+        own = self.state_dict()
+        fresh = {}
+        if not any(name.startswith(self.optional) for name in whole):
+            fresh = {name: tensor for name, tensor in own.items() if name.startswith(self.optional)}
+        if self.deployed and form != 'fused':
+            twin = self.from_tensors(whole, **self._options())
             print_log(f'{source.file}: fused while loading', 'current', logging.INFO)
-            return switch_to_deploy(twin).state_dict()
+            return switch_to_deploy(twin).to(next(self.parameters()).dtype).state_dict() | fresh
 
-        fitted = {name: tensor for name, tensor in whole.items() if not self._is_behind_last_tap(name)}
+        fitted = {name: tensor for name, tensor in whole.items() if not self._is_not_built(name)}
         aside = {
             'classification head': len(names) - len(whole),
-            f'behind the last tap of out_indices={self.out_indices}': len(whole) - len(fitted),
+            f'not built for out_indices={self.out_indices}': len(whole) - len(fitted),
             'other parts of a model': others,
         }
-        own = self.state_dict()
+        fitted |= fresh
         for name, tensor in own.items():
             if name.endswith('num_batches_tracked'):  # absent from old files, and nothing depends on it
                 fitted.setdefault(name, torch.zeros_like(tensor))
         missing = [name for name in own if name not in fitted]
         unexplained = [name for name in fitted if name not in own]
         reshaped = [name for name in own if name in fitted and fitted[name].shape != own[name].shape]
-        form = 'fused' if fused else 'training'
         if missing or unexplained or reshaped:
-            reason = self._advice(whole) or describe_misfit(missing, unexplained, reshaped)
+            reason = self._advice(tensors, whole) or describe_misfit(missing, unexplained, reshaped)
             raise CheckpointError(f'{source.file} does not fit {self._title()}: {reason}')
         print_log(
-            f'{source.file}: {self._title()}, {form} form, {WHOSE[origin_of(tensors)]} names: '
-            f'{len(own)}/{len(own)} backbone tensors loaded'
-            + ''.join(f'; {count} set aside ({what})' for what, count in aside.items() if count),
+            f'{source.file}: {self._title()}, {form} form, {WHOSE[self.naming.origin_of(tensors)]} names: '
+            f'{len(own) - len(fresh)}/{len(own)} backbone tensors loaded'
+            + ''.join(f'; {count} set aside ({what})' for what, count in aside.items() if count)
+            + (f'; {len(fresh)} start fresh ({next(iter(fresh))}, ...)' if fresh else ''),
             'current',
             logging.INFO,
         )
@@ -319,45 +372,116 @@ class ReparamBackbone(BaseModule, ABC):
         names = [name for name, spec in self.specs.items() if spec == self.spec]
         return f'{type(self).__name__} {names[0] if names else "of a spec of its own"}'
 
-    def _advice(self, whole: Mapping[str, Tensor]) -> str | None:
-        """What to do about tensors that are those of another variant, or of this one in its other form."""
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], **options: Any) -> 'ReparamBackbone':
+        """A network of these tensors and in their form, in float64, so that fusing what is left is exact.
+
+        Args:
+            tensors: All tensors of a backbone by our names.
+            options: Arguments of the class.
+
+        Raises:
+            CheckpointError: if they do not fit.
+        """
+        network = cls(**options).double()
+        names = {module: name for name, module in network.named_modules()}
+        switch_to_deploy(network, [block for block in reparam_blocks(network) if f'{names[block]}.weight' in tensors])
+        network.load_state_dict(tensors)
+        return network
+
+    def _advice(self, tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> str | None:
+        """What to do about tensors that are those of another variant, or of this one in its other form.
+
+        Args:
+            tensors: The file's backbone by any names.
+            whole: The same by our names, classification heads left out.
+        """
         if not whole:
             return 'it holds no tensor for it; weights of the backbone alone go into its init_cfg, not into load_from'
-        if origin_of(whole) is None:
-            return f'it holds another network (its first tensor is {next(iter(whole))})'
-        found = self.recognize(whole)
+        found = identify(tensors)
         if found is None:
+            if self.naming.origin_of(whole) is None:
+                return f'it holds another network (its first tensor is {next(iter(whole))})'
             return None
-        archs, _ = found
-        if self.spec in [self.specs[arch] for arch in archs]:
-            return 'it is fused and this network is for training: build it with deploy=True or take an unfused file'
-        return f'it holds {type(self).__name__} {archs[0]}: set arch={archs[0]!r} or take another file'
+        family, archs, form = found
+        if not isinstance(self, family):
+            name = family.__name__
+            return f"it holds {name} {archs[0]}: set type='{name}', arch={archs[0]!r} or take another file"
+        if self.spec not in [self.specs[arch] for arch in archs]:
+            return f'it holds {family.__name__} {archs[0]}: set arch={archs[0]!r} or take another file'
+        if form != 'training' and not self.deployed:
+            return f'it is {form} and this network is for training: build it with deploy=True or take an unfused file'
+        return None
 
     @classmethod
-    def recognize(cls, tensors: Mapping[str, Tensor]) -> tuple[list[str], bool] | None:
-        """Which variants have exactly these tensors, by our names and their shapes.
+    def recognize(cls, tensors: Mapping[str, Tensor]) -> Recognized | None:
+        """What tensors are, by our names and their shapes; ``None`` if no variant has exactly these.
 
-        Returns:
-            The variants, several where fusing makes them equal, and whether the tensors are of the fused form; or
-            ``None``.
+        Classification heads and what is ``optional`` do not matter.
         """
-        shapes = without_counters(tensors)
-        fused = is_fused(shapes)
-        archs = [arch for arch in cls.specs if cls.variant_shapes(arch, fused) == shapes]
-        return (archs, fused) if archs else None
+        shapes = {n: shape for n, shape in without_counters(tensors).items() if not n.startswith(cls.optional)}
+        archs = [arch for arch, spec in cls.specs.items() if cls.variant_shapes(spec, shapes) == shapes]
+        if not archs:
+            return None
+        _, kernels = cls.layout(cls.specs[archs[0]])
+        return Recognized(cls, archs, form_of(shapes, kernels))
+
+    @classmethod
+    def variant_shapes(cls, spec: Any, like: Collection[str]) -> dict[str, torch.Size]:
+        """The shapes of a variant's tensors by our names, batch counters left out.
+
+        Args:
+            spec: The variant's.
+            like: Tensor names; the blocks that they hold as one convolution are so in the result.
+        """
+        shapes, kernels = cls.layout(spec)
+        fused = fused_blocks(like, kernels)
+        variant = {name: shape for name, shape in shapes.items() if block_of(name, kernels) not in fused}
+        for block in fused:
+            weight, bias = kernels[block]
+            variant |= {f'{block}.weight': weight, f'{block}.bias': bias}
+        return variant
 
     @classmethod
     @cache
-    def variant_shapes(cls, arch: str, fused: bool) -> dict[str, torch.Size]:
-        """The shapes of a variant's tensors by our names, batch counters left out; not to be changed."""
-        with torch.device('meta'):
-            network = cls(arch)
-        return without_counters((switch_to_deploy(network) if fused else network).state_dict())
+    def layout(cls, spec: Any) -> tuple[dict[str, torch.Size], dict[str, tuple[torch.Size, torch.Size]]]:
+        """What a variant is made of, without its numbers; not to be changed.
 
-    def _is_behind_last_tap(self, name: str) -> bool:
+        Returns:
+            The shapes of its tensors in training form, batch counters left out; and the names of its outermost
+            re-parameterizable blocks with the shapes of their kernels and biases.
+        """
+        with torch.device('meta'):
+            network = cls(asdict(spec))
+        shapes = without_counters(network.state_dict())
+        blocks = set(reparam_blocks(network))
+        kernels = {}
+        with torch.no_grad():
+            for name, block in network.named_modules():
+                if block in blocks:  # on the meta device each step would take ten times as long
+                    weight, bias = block.to_empty(device='cpu').equivalent_kernel()
+                    kernels[name] = weight.shape, bias.shape
+        return shapes, kernels
+
+    def _is_not_built(self, name: str) -> bool:
         """Whether a full network of this spec has a tensor of that name in a block that this network does not build."""
         head, *indices = name.split('.')[:3]
         if head != 'stages' or len(indices) < 2 or not all(index.isdecimal() for index in indices):
             return False
         i, j = map(int, indices)
         return i < NUM_STAGES and j < self._stage_lengths()[i] and (i, j) > max(self._tapped)
+
+
+def families() -> list[type[ReparamBackbone]]:
+    """The classes of backbones that there are, by name."""
+    return sorted(ReparamBackbone.__subclasses__(), key=lambda family: family.__name__)
+
+
+def identify(tensors: Mapping[str, Tensor]) -> Recognized | None:
+    """What tensors of a backbone, by any names, are; ``None`` if they are exactly those of no variant of any family."""
+    for family in families():
+        names = family.naming.translate(tensors)
+        found = family.recognize({ours: tensors[name] for name, ours in names.items() if ours is not None})
+        if found:
+            return found
+    return None

@@ -20,7 +20,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .names import backbone_prefix
+from .names import Naming
 
 STATISTICS = ('min', 'max', 'current', 'mean')
 """The methods of a ``HistoryBuffer`` that MMEngine's checkpoints refer to."""
@@ -180,21 +180,20 @@ def tensors_of(checkpoint: Any) -> Mapping[str, Tensor]:
     return {}
 
 
-def find_backbone(checkpoint: Any) -> tuple[dict[str, Tensor], int]:
-    """The RepViT in a whole file: bare, in a container, in a detector, wrapped for running in parallel.
+def find_backbone(checkpoint: Any, naming: Naming) -> tuple[dict[str, Tensor], int]:
+    """The backbone in a whole file: bare, in a container, in a detector, wrapped for running in parallel.
+
+    Args:
+        checkpoint: What the file holds.
+        naming: The names of the backbone's family.
 
     Returns:
         The backbone's tensors, and the number of the others.
     """
     tensors = tensors_of(checkpoint)
-    prefix = backbone_prefix(tensors) or ''
+    prefix = naming.prefix_of(tensors) or ''
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     return found, len(tensors) - len(found)
-
-
-def is_fused(names: Iterable[str]) -> bool:
-    """Whether a backbone's tensor names are those of its fused form, which has no BatchNorm."""
-    return not any(name.endswith('.running_mean') for name in names)
 
 
 def without_counters(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .reparam import Kernel, ReparamBlock, conv_kernel, fold_norm, runs_eagerly
+from .reparam import Kernel, ReparamBlock, conv_kernel, fold_norm, fold_norm_before, runs_eagerly, scale_kernel
 
 
 class ConvBN(ReparamBlock):
@@ -94,3 +94,53 @@ class StochasticDepth(nn.Module):
 
     def extra_repr(self) -> str:
         return f'rate={self.rate:.3g}'
+
+
+class ChannelLinear(nn.Linear):
+    """Linear layer over the channels of a map, ``(N, C_in, H, W)`` to ``(N, C_out, H, W)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class NormLinear(ReparamBlock):
+    """BatchNorm and a linear layer over the channels behind it.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(stride=1, padding=0, groups=1)
+        self.norm = nn.BatchNorm2d(in_channels)
+        self.linear = ChannelLinear(in_channels, out_channels, bias=False)
+
+    def branches(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x))
+
+    def equivalent_kernel(self) -> Kernel:
+        return fold_norm_before(self.norm, conv_kernel(self.linear))
+
+
+class LayerScale(ReparamBlock):
+    """A layer and a learned factor for each of its output channels (https://arxiv.org/abs/2103.17239).
+
+    Without a BatchNorm it is one convolution in every mode.
+
+    Args:
+        layer: The layer, a 1x1 convolution or a :class:`ChannelLinear`.
+        channels: Channels of its output.
+        init_scale: Initial factor.
+    """
+
+    def __init__(self, layer: nn.Conv2d | ChannelLinear, channels: int, init_scale: float) -> None:
+        super().__init__(stride=1, padding=0, groups=1)
+        self.layer = layer
+        self.layer_scale = nn.Parameter(torch.full((channels, 1, 1), init_scale))
+
+    def branches(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.layer_scale
+
+    def equivalent_kernel(self) -> Kernel:
+        return scale_kernel(conv_kernel(self.layer), self.layer_scale[..., 0, 0])

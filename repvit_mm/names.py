@@ -1,54 +1,123 @@
-"""The tensor names of the authors' RepViT and of timm's, and our own."""
+"""The tensor names of the authors and of timm, and our own."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+WHOSE = {'ours': 'our', 'authors': "the authors'", 'timm': "timm's"}
+"""How a convention is called in a sentence."""
+
 
 class Names(NamedTuple):
-    """One module's name in our tree, in the authors' and in timm's."""
+    """One module's or tensor's name in our tree, in the authors' and in timm's."""
 
     ours: str
     authors: str
     timm: str
 
 
-STEM = (Names('stem.conv1', 'features.0.0', 'stem.conv1'), Names('stem.conv2', 'features.0.2', 'stem.conv2'))
-BLOCK = (
+@dataclass(frozen=True)
+class Naming:
+    """The tensor names of one family of backbones.
+
+    Args:
+        marks: Convention -> pattern that only names of it begin with; the first one that fits decides.
+        first: Pattern of the first module's name, in any convention.
+        heads: First part of the names of classification heads, the authors' and timm's.
+        table: All tensor names of a backbone, in any one convention -> the names of every module that holds tensors. A
+            fused block is a module of its own where the others' code fuses it too.
+    """
+
+    marks: Mapping[str, str]
+    first: str
+    heads: tuple[str, ...]
+    table: Callable[[Collection[str]], list[Names]]
+
+    def origin_of(self, names: Iterable[str]) -> str | None:
+        """Whose names a backbone's tensors have: a key of ``WHOSE``; ``None`` if it is of another family."""
+        for name in names:
+            for origin, mark in self.marks.items():
+                if re.match(mark, name):
+                    return origin
+        return None
+
+    def translate(self, names: Iterable[str], to: str = 'ours') -> dict[str, str | None]:
+        """The names of a backbone's tensors in another convention; by the names alone.
+
+        Args:
+            names: All tensor names of one backbone, in any one convention.
+            to: ``'ours'``, ``'authors'`` or ``'timm'``.
+
+        Returns:
+            The given names with the new ones; a classification head's tensor with ``None``; a name outside every known
+            module with itself.
+        """
+        names = list(names)
+        origin = self.origin_of(names)
+        if origin is None:
+            return {name: name for name in names}
+        table = {getattr(row, origin): getattr(row, to) for row in self.table(names)}
+        return {name: None if name.startswith(self.heads) else rename(name, table) for name in names}
+
+    def shared_blocks(self, names: Iterable[str], blocks: Iterable[str]) -> list[str]:
+        """Those of our blocks that the authors' and timm's code can hold fused; ``names`` are all of the backbone's."""
+        known = {row.ours for row in self.table(list(names))}
+        return [block for block in blocks if block in known]
+
+    def prefix_of(self, names: Iterable[str]) -> str | None:
+        """What stands before the names of the backbone in a whole model: ``''``, ``'backbone.'``, ``'module.'``, ...
+
+        Returns:
+            The prefix, the shortest one if a file holds several networks (a student and its teacher, say); ``None`` if
+            it holds none.
+        """
+        first = re.compile(rf'(|.*\.)(?:{self.first})\.')
+        found = {match[1] for name in names if (match := first.match(name))}
+        return min(found, key=len) if found else None
+
+
+def rename(name: str, table: Mapping[str, str]) -> str:
+    """One tensor's new name, by the longest name in ``table`` that it begins with."""
+    head, tail = name, ''
+    while head and head not in table:
+        head, _, part = head.rpartition('.')
+        tail = f'.{part}{tail}'
+    return table[head] + tail if head else name
+
+
+def below(prefix: Names, rows: Iterable[Names]) -> list[Names]:
+    """The rows with a prefix before each name."""
+    return [Names(*(f'{p}.{name}' for p, name in zip(prefix, row, strict=True))) for row in rows]
+
+
+def conv_bn(ours: str, authors: str, timm: str) -> tuple[Names, Names]:
+    """Rows of a ``ConvBN`` of RepViT, whose convolution is named ``c`` elsewhere."""
+    return Names(ours, authors, timm), Names(f'{ours}.conv', f'{authors}.c', f'{timm}.c')
+
+
+REPVIT_STEM = (
+    *conv_bn('stem.conv1', 'features.0.0', 'stem.conv1'),
+    *conv_bn('stem.conv2', 'features.0.2', 'stem.conv2'),
+)
+REPVIT_BLOCK = (
     Names('token_mixer', 'token_mixer.0', 'token_mixer'),
-    Names('token_mixer.conv3x3', 'token_mixer.0.conv', 'token_mixer.conv'),
-    Names('token_mixer.conv1x1', 'token_mixer.0.conv1', 'token_mixer.conv1'),
+    *conv_bn('token_mixer.conv3x3', 'token_mixer.0.conv', 'token_mixer.conv'),
+    *conv_bn('token_mixer.conv1x1', 'token_mixer.0.conv1', 'token_mixer.conv1'),
     Names('se', 'token_mixer.1', 'se'),
-    Names('channel_mixer.expand', 'channel_mixer.m.0', 'channel_mixer.conv1'),
-    Names('channel_mixer.project', 'channel_mixer.m.2', 'channel_mixer.conv2'),
+    *conv_bn('channel_mixer.expand', 'channel_mixer.m.0', 'channel_mixer.conv1'),
+    *conv_bn('channel_mixer.project', 'channel_mixer.m.2', 'channel_mixer.conv2'),
 )
-DOWNSAMPLE = (
-    Names('spatial', 'token_mixer.0', 'spatial_downsample'),
-    Names('channel', 'token_mixer.2', 'channel_downsample'),
-    Names('channel_mixer.expand', 'channel_mixer.m.0', 'ffn.conv1'),
-    Names('channel_mixer.project', 'channel_mixer.m.2', 'ffn.conv2'),
+REPVIT_DOWNSAMPLE = (
+    *conv_bn('spatial', 'token_mixer.0', 'spatial_downsample'),
+    *conv_bn('channel', 'token_mixer.2', 'channel_downsample'),
+    *conv_bn('channel_mixer.expand', 'channel_mixer.m.0', 'ffn.conv1'),
+    *conv_bn('channel_mixer.project', 'channel_mixer.m.2', 'ffn.conv2'),
 )
-HEADS = ('classifier.', 'head.')
-"""First part of the names of classification heads, the authors' and timm's."""
-
-WHOSE = {'ours': 'our', 'authors': "the authors'", 'timm': "timm's"}
-"""How a convention is called in a sentence."""
 
 
-def origin_of(names: Iterable[str]) -> str | None:
-    """Whose names a RepViT's tensors have: ``'ours'``, ``'authors'`` or ``'timm'``; ``None`` if it is no RepViT."""
-    for name in names:
-        if re.match(r'features\.\d+\.', name):
-            return 'authors'
-        if re.match(r'stages\.\d+\.(blocks|downsample)\.', name):
-            return 'timm'
-        if re.match(r'stages\.\d+\.\d+\.', name):
-            return 'ours'
-    return None
-
-
-def stage_lengths(names: Iterable[str]) -> list[int]:
+def repvit_stage_lengths(names: Iterable[str]) -> list[int]:
     """The number of blocks of each stage, stride-2 ones counted in, that the tensor names of a RepViT speak of."""
     last, downsamples = 0, set()
     timm: dict[int, int] = {}
@@ -70,10 +139,10 @@ def stage_lengths(names: Iterable[str]) -> list[int]:
     return [end - start for start, end in pairwise(borders)]
 
 
-def module_names(lengths: Iterable[int]) -> list[Names]:
-    """The names of every module that holds tensors in a RepViT with so many blocks a stage."""
-    lengths = list(lengths)
-    table = list(STEM)
+def repvit_table(names: Collection[str]) -> list[Names]:
+    """The names of every module that holds tensors in the RepViT that ``names`` speak of."""
+    lengths = repvit_stage_lengths(names)
+    table = list(REPVIT_STEM)
     flat = 0
     for stage, length in enumerate(lengths):
         for position in range(length):
@@ -86,51 +155,110 @@ def module_names(lengths: Iterable[int]) -> list[Names]:
             else:
                 timm = f'stages.{stage}.blocks.{position - (stage > 0)}'
             prefix = Names(f'stages.{stage}.{position}', f'features.{flat}', timm)
-            for names in DOWNSAMPLE if downsample else BLOCK:
-                table.append(Names(*(f'{p}.{name}' for p, name in zip(prefix, names, strict=True))))
+            table += below(prefix, REPVIT_DOWNSAMPLE if downsample else REPVIT_BLOCK)
     return table
 
 
-def translate(names: Iterable[str], to: str = 'ours') -> dict[str, str | None]:
-    """The names of a RepViT's tensors in another convention; by the names alone.
-
-    Args:
-        names: All tensor names of one backbone, in any one convention.
-        to: ``'ours'``, ``'authors'`` or ``'timm'``.
-
-    Returns:
-        The given names with the new ones; a classification head's tensor with ``None``; a name outside every known
-        module with itself.
-    """
-    names = list(names)
-    origin = origin_of(names)
-    if origin is None:
-        return {name: name for name in names}
-    table = {getattr(row, origin): getattr(row, to) for row in module_names(stage_lengths(names))}
-    return {name: None if name.startswith(HEADS) else rename(name, table, to) for name in names}
+REPVIT_NAMES = Naming(
+    marks={
+        'authors': r'features\.\d+\.',
+        'timm': r'stages\.\d+\.(blocks|downsample)\.',
+        'ours': r'stages\.\d+\.\d+\.',
+    },
+    first=r'features\.0\.0|stem\.conv1',
+    heads=('classifier.', 'head.'),
+    table=repvit_table,
+)
 
 
-def rename(name: str, table: dict[str, str], to: str) -> str:
-    """One tensor's new name, by the longest module name in ``table`` that it begins with."""
-    # A tensor of a ConvBN is named <module>.conv.weight here and <module>.c.weight elsewhere.
-    module, _, leaf = re.sub(r'\.c\.weight$', '.conv.weight', name).rpartition('.')
-    inner = ''
-    while module and module not in table:
-        module, _, part = module.rpartition('.')
-        inner = f'.{part}{inner}'
-    if not module:
-        return name
-    renamed = f'{table[module]}{inner}.{leaf}'
-    return renamed if to == 'ours' else re.sub(r'\.conv\.weight$', '.c.weight', renamed)
+def mobile_one(ours: str, authors: str, timm: str) -> list[Names]:
+    """Rows of a MobileOne block: fused, and its branches."""
+    return [
+        Names(ours, f'{authors}.reparam_conv', f'{timm}.reparam_conv'),
+        Names(f'{ours}.convs', f'{authors}.rbr_conv', f'{timm}.conv_kxk'),
+        Names(f'{ours}.scale', f'{authors}.rbr_scale', f'{timm}.conv_scale'),
+        Names(f'{ours}.skip', f'{authors}.rbr_skip', f'{timm}.identity'),
+    ]
 
 
-def backbone_prefix(names: Iterable[str]) -> str | None:
-    """What stands before the tensor names of the RepViT in a whole model: ``''``, ``'backbone.'``, ``'module.'``, ...
+FASTVIT_STEM = [row for i in range(3) for row in mobile_one(f'stem.conv{i + 1}', f'patch_embed.{i}', f'stem.{i}')]
+FASTVIT_EMBEDDING = (
+    Names('spatial', 'proj.0.lkb_reparam', 'proj.0.reparam_conv'),
+    Names('spatial.large', 'proj.0.lkb_origin', 'proj.0.large_conv'),
+    Names('spatial.small', 'proj.0.small_conv', 'proj.0.small_conv'),
+    *mobile_one('channel', 'proj.1', 'proj.1'),
+)
+FASTVIT_POSITION = (
+    Names('stages.3.0.position', 'network.6.reparam_conv', 'stages.3.pos_emb.reparam_conv'),
+    Names('stages.3.0.position.conv', 'network.6.pe', 'stages.3.pos_emb.pos_enc'),
+)
+FASTVIT_FFN = (
+    Names('channel_mixer.depthwise.conv', 'convffn.conv.conv', 'mlp.conv.conv'),
+    Names('channel_mixer.depthwise.bn', 'convffn.conv.bn', 'mlp.conv.bn'),
+    Names('channel_mixer.expand', 'convffn.fc1', 'mlp.fc1'),
+    Names('channel_mixer.project.layer', 'convffn.fc2', 'mlp.fc2'),
+)
+FASTVIT_REPMIXER_BLOCK = (
+    *mobile_one('token_mixer.mixer', 'token_mixer.mixer', 'token_mixer.mixer')[1:],
+    Names('token_mixer', 'token_mixer.reparam_conv', 'token_mixer.reparam_conv'),
+    Names('token_mixer.norm', 'token_mixer.norm.rbr_skip', 'token_mixer.norm.identity'),
+    Names('token_mixer.layer_scale', 'token_mixer.layer_scale', 'token_mixer.layer_scale.gamma'),
+    *FASTVIT_FFN,
+    Names('channel_mixer.project.layer_scale', 'layer_scale', 'layer_scale.gamma'),
+)
+FASTVIT_ATTENTION_BLOCK = (
+    Names('token_mixer.qkv.norm', 'norm', 'norm'),
+    Names('token_mixer.qkv.linear', 'token_mixer.qkv', 'token_mixer.qkv'),
+    Names('token_mixer.project.layer', 'token_mixer.proj', 'token_mixer.proj'),
+    Names('token_mixer.project.layer_scale', 'layer_scale_1', 'layer_scale_1.gamma'),
+    *FASTVIT_FFN,
+    Names('channel_mixer.project.layer_scale', 'layer_scale_2', 'layer_scale_2.gamma'),
+)
 
-    Returns:
-        The prefix, the shortest one if a file holds several networks (a student and its teacher, say); ``None`` if it
-        holds none.
-    """
-    first = re.compile(r'(|.*\.)(?:features\.0\.0|stem\.conv1)\.')
-    found = {match[1] for name in names if (match := first.match(name))}
-    return min(found, key=len) if found else None
+
+FASTVIT_ATTENTION = r'network\.(6\.pe|6\.reparam_conv|7)\.|stages\.3\.(pos_emb|0\.position)\.'
+"""Pattern of names that only a FastViT with attention has."""
+
+
+def fastvit_table(names: Collection[str]) -> list[Names]:
+    """The names of every module that holds tensors in the FastViT that ``names`` speak of."""
+    attention = any(re.match(FASTVIT_ATTENTION, name) for name in names)
+    depths = [0, 0, 0, 0]
+    for name in names:
+        if match := re.match(r'network\.([0-7])\.(\d+)\.', name):
+            stage, position = int(match[1]) // 2, int(match[2])
+        elif match := re.match(r'stages\.([0-3])\.blocks\.(\d+)\.', name):
+            stage, position = int(match[1]), int(match[2])
+        elif match := re.match(r'stages\.([0-3])\.(\d+)\.', name):
+            stage = int(match[1])
+            position = int(match[2]) - (stage > 0)  # behind the patch embedding
+        else:
+            continue
+        depths[stage] = max(depths[stage], position + 1)
+
+    table = FASTVIT_STEM + list(FASTVIT_POSITION)
+    for stage, depth in enumerate(depths):
+        if stage > 0:
+            embedding = Names(f'stages.{stage}.0', f'network.{2 * stage - 1}', f'stages.{stage}.downsample')
+            table += below(embedding, FASTVIT_EMBEDDING)
+        with_attention = attention and stage == 3
+        for position in range(depth):
+            # The authors' list counts the position encoding.
+            theirs = f'network.{2 * stage + with_attention}.{position}'
+            prefix = Names(f'stages.{stage}.{position + (stage > 0)}', theirs, f'stages.{stage}.blocks.{position}')
+            table += below(prefix, FASTVIT_ATTENTION_BLOCK if with_attention else FASTVIT_REPMIXER_BLOCK)
+        # Only the authors' dense code has output norms.
+        table.append(Names(f'out_norms.{stage}', f'norm{2 * stage}', f'out_norms.{stage}'))
+    return table
+
+
+FASTVIT_NAMES = Naming(
+    marks={
+        'authors': r'(patch_embed|network)\.\d+\.',
+        'timm': r'stem\.\d+\.|stages\.\d+\.(blocks|downsample|pos_emb)\.',
+        'ours': r'stages\.\d+\.\d+\.',
+    },
+    first=r'patch_embed\.0|stem\.0|stem\.conv1',
+    heads=('conv_exp.', 'final_conv.', 'head.'),
+    table=fastvit_table,
+)

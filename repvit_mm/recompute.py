@@ -10,10 +10,11 @@ from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .reparam import ReparamBlock, conv_backward, runs_eagerly
+from .reparam import ReparamBlock, conv_backward, conv_kernel, runs_eagerly
 
 
 class Gate(Protocol):
@@ -26,14 +27,16 @@ class Gate(Protocol):
         """``x * self.gate(x)``."""
 
 
-def conv_after(cheap: nn.Module, conv: nn.Module, x: Tensor, gate: Gate | None = None) -> tuple[Tensor, Tensor]:
+def conv_after(
+    cheap: nn.Module, conv: ReparamBlock | nn.Conv2d, x: Tensor, gate: Gate | None = None
+) -> tuple[Tensor, Tensor]:
     """A convolution behind something cheap: ``conv(gate(cheap(x)))``.
 
-    Where gradients are recorded and both run folded, the backward pass recomputes the convolution's input from ``x``.
+    Where gradients are recorded and blocks run folded, the backward pass recomputes the convolution's input from ``x``.
 
     Args:
         cheap: An activation without parameters, or a :class:`~repvit_mm.reparam.ReparamBlock`, a depthwise one say.
-        conv: The block that follows.
+        conv: What follows; square stride and padding, no dilation.
         x: Input of ``cheap``, ``(N, C, H, W)``.
         gate: Squeeze-and-excitation between the two.
 
@@ -41,13 +44,18 @@ def conv_after(cheap: nn.Module, conv: nn.Module, x: Tensor, gate: Gate | None =
         The convolution's output and its input.
     """
     blocks = [module for module in (cheap, conv) if isinstance(module, ReparamBlock)]
-    if not (conv in blocks and torch.is_grad_enabled() and runs_eagerly() and all(b.runs_folded() for b in blocks)):
+    folded = bool(blocks) and all(block.runs_folded() for block in blocks)
+    if not (folded and torch.is_grad_enabled() and runs_eagerly()):
         middle = cheap(x) if gate is None else gate(cheap(x))
         return conv(middle), middle
     recipe, kept = (cheap.convolve, (x, *cheap.kernel())) if cheap in blocks else (cheap, (x,))
     middle = recipe(*kept)
     scale = None if gate is None else gate.gate(middle)
-    output, scaled = _ConvOfRecomputed.apply(conv, recipe, middle, scale, *conv.kernel(), *kept)
+    if conv in blocks:
+        kernel, options = conv.kernel(), (conv.stride, conv.padding, conv.groups)
+    else:
+        kernel, options = conv_kernel(conv), (conv.stride[0], conv.padding[0], conv.groups)
+    output, scaled = _ConvOfRecomputed.apply(options, recipe, middle, scale, *kernel, *kept)
     return output, middle if scaled is None else scaled
 
 
@@ -60,7 +68,7 @@ class _ConvOfRecomputed(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        conv: ReparamBlock,
+        options: tuple[int, int, int],
         recipe: Callable[..., Tensor],
         middle: Tensor,
         scale: Tensor | None,
@@ -70,13 +78,12 @@ class _ConvOfRecomputed(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         device = middle.device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-        ctx.conv, ctx.recipe = conv, recipe
+        ctx.options, ctx.recipe = options, recipe
         ctx.save_for_backward(scale, weight, *kept)
         ctx.set_materialize_grads(False)
-        if scale is None:
-            return conv.convolve(middle, weight, bias), None
-        scaled = middle * scale
-        return conv.convolve(scaled, weight, bias), scaled
+        stride, padding, groups = options
+        scaled = None if scale is None else middle * scale
+        return F.conv2d(middle if scaled is None else scaled, weight, bias, stride, padding, groups=groups), scaled
 
     @staticmethod
     @once_differentiable
@@ -90,10 +97,9 @@ class _ConvOfRecomputed(torch.autograd.Function):
         scaled = middle if scale is None else middle * scale
         grad_kernel: tuple[Tensor | None, Tensor | None] = (None, None)
         if grad_output is not None:
-            dtype, conv = grad_output.dtype, ctx.conv
-            options = conv.stride, conv.padding, conv.groups
+            dtype = grad_output.dtype
             needed = (needs_middle or needs_scale, *needs_kernel)
-            through, *grad_kernel = conv_backward(grad_output, scaled.to(dtype), weight.to(dtype), *options, needed)
+            through, *grad_kernel = conv_backward(grad_output, scaled.to(dtype), weight.to(dtype), *ctx.options, needed)
             grad_scaled = through if grad_scaled is None else through.add_(grad_scaled)
         if scale is None or grad_scaled is None:
             return None, None, grad_scaled, None, *grad_kernel, *(None for _ in kept)

@@ -11,7 +11,7 @@ its equivalent kernel as a differentiable function of its own parameters. Three 
 import copy
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -32,10 +32,11 @@ class Kernel(NamedTuple):
     bias: Tensor
 
 
-def conv_kernel(conv: nn.Conv2d) -> Kernel:
-    """The kernel of a convolution; a missing bias is zero."""
-    bias = conv.weight.new_zeros(conv.weight.shape[:-3]) if conv.bias is None else conv.bias
-    return Kernel(conv.weight, bias)
+def conv_kernel(layer: nn.Conv2d | nn.Linear) -> Kernel:
+    """The kernel of a convolution, or of a linear layer over the channels (a 1x1 one); a missing bias is zero."""
+    weight = layer.weight[..., None, None] if isinstance(layer, nn.Linear) else layer.weight
+    bias = weight.new_zeros(weight.shape[:-3]) if layer.bias is None else layer.bias
+    return Kernel(weight, bias)
 
 
 def identity_kernel(like: Kernel) -> Kernel:
@@ -67,21 +68,55 @@ def add_kernels(first: Kernel, *others: Kernel) -> Kernel:
     return Kernel(weight, bias)
 
 
-def fold_norm(kernel: Kernel, norm: _BatchNorm) -> Kernel:
-    """A convolution followed by a BatchNorm with frozen statistics, as one convolution.
+def subtract_kernel(first: Kernel, second: Kernel) -> Kernel:
+    """The difference of parallel convolutions; the first one has the larger kernel."""
+    return add_kernels(first, Kernel(-second.weight, -second.bias))
+
+
+def scale_kernel(kernel: Kernel, scale: Tensor) -> Kernel:
+    """A convolution followed by a factor for each channel, ``scale`` ``(C_out,)``."""
+    return Kernel(kernel.weight * scale[..., None, None, None], kernel.bias * scale)
+
+
+def norm_scale(norm: _BatchNorm) -> Tensor:
+    """The factor of each channel, ``(C,)``, by which a BatchNorm with frozen statistics multiplies.
 
     Raises:
         ValueError: if the norm keeps no running statistics, so that it is no fixed function.
     """
     if norm.running_mean is None:
         raise ValueError(f'{norm} keeps no running statistics: only a norm with track_running_stats=True can be folded')
-    # In few steps: on a GPU each of them is a kernel launch, for every block in every iteration.
     scale = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
+    return scale if norm.weight is None else scale * norm.weight
+
+
+def fold_norm(kernel: Kernel, norm: _BatchNorm) -> Kernel:
+    """A convolution followed by a BatchNorm with frozen statistics, as one convolution.
+
+    Raises:
+        ValueError: if the norm keeps no running statistics, so that it is no fixed function.
+    """
+    # In few steps: on a GPU each of them is a launch, for every block in every iteration.
+    scale = norm_scale(norm)
     centred = kernel.bias - norm.running_mean
     bias = centred * scale if norm.bias is None else torch.addcmul(norm.bias, centred, scale)
     return Kernel(kernel.weight * scale[..., None, None, None], bias)
+
+
+def fold_norm_before(norm: _BatchNorm, kernel: Kernel) -> Kernel:
+    """A BatchNorm with frozen statistics followed by an ungrouped 1x1 convolution, as one convolution.
+
+    Raises:
+        ValueError: if the kernel is larger, because zeros padded behind the norm are not zeros padded before it; or if
+            the norm keeps no running statistics.
+    """
+    height, width = kernel.weight.shape[-2:]
+    if height != 1 or width != 1:
+        raise ValueError(f'cannot fold a norm into a {height}x{width} kernel behind it, only into a 1x1 one')
+    scale = norm_scale(norm)
+    shift = -norm.running_mean * scale if norm.bias is None else norm.bias - norm.running_mean * scale
+    bias = kernel.bias + (kernel.weight[..., 0, 0] @ shift[..., None])[..., 0]
+    return Kernel(kernel.weight * scale[..., None, :, None, None], bias)
 
 
 def runs_eagerly() -> bool:
@@ -281,7 +316,7 @@ def reparam_blocks(model: nn.Module) -> list[ReparamBlock]:
     return [block for child in model.children() for block in reparam_blocks(child)]
 
 
-def switch_to_deploy(model: nn.Module) -> nn.Module:
+def switch_to_deploy(model: nn.Module, blocks: Collection[ReparamBlock] | None = None) -> nn.Module:
     """Replace each re-parameterizable block in a module tree by the one convolution that it equals.
 
     Works in place and leaves every other module, and each module's device, dtype and mode, as it is. A model without
@@ -289,6 +324,7 @@ def switch_to_deploy(model: nn.Module) -> nn.Module:
 
     Args:
         model: Any module: a backbone, a whole detector, one wrapped for distributed running.
+        blocks: The blocks to replace; all outermost ones unless given.
 
     Returns:
         The same ``model``; only if it is itself a block, the convolution that takes its place.
@@ -297,7 +333,7 @@ def switch_to_deploy(model: nn.Module) -> nn.Module:
         ValueError: if a BatchNorm keeps no running statistics. Nothing is replaced then.
     """
     # Every kernel is computed before the first block is replaced; a block used in two places stays one convolution.
-    convs = {block: block.to_conv() for block in reparam_blocks(model)}
+    convs = {block: block.to_conv() for block in (reparam_blocks(model) if blocks is None else blocks)}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children() names a module of two names only once
             if child in convs:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .backbone import ReparamBackbone, refuse_unknown
 from .layers import GELU, ConvBN, SqueezeExcite, StochasticDepth, add_residual
+from .names import REPVIT_NAMES
 from .recompute import conv_after
 from .reparam import Kernel, ReparamBlock, add_kernels, conv_kernel, fold_norm, identity_kernel
 from .specs import REPVIT_SPECS, RepViTSpec
@@ -153,6 +154,7 @@ class RepViT(ReparamBackbone):
 
     specs = REPVIT_SPECS
     spec_type = RepViTSpec
+    naming = REPVIT_NAMES
     taps: ClassVar = {'stage_end': 0, 'pre_downsample': 1}
 
     def __init__(

@@ -1,6 +1,13 @@
 """One row for each variant, with the source of its numbers."""
 
 from dataclasses import dataclass
+from itertools import pairwise
+
+
+def check_four(name: str, values: tuple[int, ...]) -> None:
+    """Raise a ``ValueError`` that names the field unless it holds four positive integers."""
+    if len(values) != 4 or any(not isinstance(value, int) or value < 1 for value in values):
+        raise ValueError(f'{name}={values!r}: expected four positive integers, one for each stage')
 
 
 @dataclass(frozen=True)
@@ -22,10 +29,8 @@ class RepViTSpec:
     norm_after_sum: bool = True
 
     def __post_init__(self) -> None:
-        for name in ('channels', 'depths'):
-            values = getattr(self, name)
-            if len(values) != 4 or any(not isinstance(value, int) or value < 1 for value in values):
-                raise ValueError(f'{name}={values!r}: expected four positive integers, one for each stage')
+        check_four('channels', self.channels)
+        check_four('depths', self.depths)
         if not isinstance(self.norm_after_sum, bool):
             raise ValueError(f'norm_after_sum={self.norm_after_sum!r}: expected True or False')
         if self.channels[0] % 2:
@@ -44,4 +49,58 @@ REPVIT_SPECS = {
     'm1': RepViTSpec((48, 96, 192, 384), (3, 3, 15, 2), norm_after_sum=False),
     'm2': RepViTSpec((64, 128, 256, 512), (3, 3, 13, 2), norm_after_sum=False),
     'm3': RepViTSpec((64, 128, 256, 512), (5, 5, 19, 2), norm_after_sum=False),
+}
+
+
+@dataclass(frozen=True)
+class FastViTSpec:
+    """Widths and depths of a FastViT.
+
+    Args:
+        channels: Channels of the four stages, each a multiple of the one before it: a patch embedding is depthwise.
+        depths: Blocks of the four stages; a patch embedding precedes those of stages 1 to 3.
+        mlp_ratio: Width of the feed-forward networks relative to their stage's.
+        attention: Whether the last stage mixes tokens by attention, in heads of 32 channels, behind a conditional
+            position encoding; every other stage has RepMixers.
+        layer_scale: Initial layer scale.
+
+    Raises:
+        ValueError: if a field cannot be; names it.
+    """
+
+    channels: tuple[int, int, int, int]
+    depths: tuple[int, int, int, int]
+    mlp_ratio: int = 4
+    attention: bool = False
+    layer_scale: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_four('channels', self.channels)
+        check_four('depths', self.depths)
+        if any(width % before for before, width in pairwise(self.channels)):
+            raise ValueError(f'channels={self.channels!r}: each width must be a multiple of the one before it')
+        if not isinstance(self.mlp_ratio, int) or self.mlp_ratio < 1:
+            raise ValueError(f'mlp_ratio={self.mlp_ratio!r}: expected a positive integer')
+        if not isinstance(self.attention, bool):
+            raise ValueError(f'attention={self.attention!r}: expected True or False')
+        if self.attention and self.channels[-1] % HEAD_CHANNELS:
+            raise ValueError(
+                f'channels={self.channels!r}: with attention the last width must be a multiple of {HEAD_CHANNELS}'
+            )
+        if not isinstance(self.layer_scale, int | float) or not self.layer_scale > 0:
+            raise ValueError(f'layer_scale={self.layer_scale!r}: expected a positive number')
+
+
+HEAD_CHANNELS = 32
+"""Channels of one attention head of a FastViT."""
+
+# Source: https://github.com/apple/ml-fastvit, models/fastvit.py.
+FASTVIT_SPECS = {
+    't8': FastViTSpec((48, 96, 192, 384), (2, 2, 4, 2), mlp_ratio=3),
+    't12': FastViTSpec((64, 128, 256, 512), (2, 2, 6, 2), mlp_ratio=3),
+    's12': FastViTSpec((64, 128, 256, 512), (2, 2, 6, 2)),
+    'sa12': FastViTSpec((64, 128, 256, 512), (2, 2, 6, 2), attention=True),
+    'sa24': FastViTSpec((64, 128, 256, 512), (4, 4, 12, 4), attention=True),
+    'sa36': FastViTSpec((64, 128, 256, 512), (6, 6, 18, 6), attention=True, layer_scale=1e-6),
+    'ma36': FastViTSpec((76, 152, 304, 608), (6, 6, 18, 6), attention=True, layer_scale=1e-6),
 }

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from repvit_mm import RepViT, switch_to_deploy
+from repvit_mm import FastViT, RepViT, switch_to_deploy
 from repvit_mm.backbone import ReparamBackbone
 from repvit_mm.checkpoint import CheckpointError
 from repvit_mm.layers import StochasticDepth
@@ -48,7 +48,14 @@ def x() -> Tensor:
     return torch.randn(2, 3, 64, 96)
 
 
-@pytest.fixture(scope='module', params=GOLDENS, ids=lambda golden: golden.name)
+LARGE = ('sa24', 'sa36', 'ma36')
+ALL_GOLDENS = [
+    pytest.param(golden, id=golden.name, marks=pytest.mark.slow if golden.arch in LARGE else ()) for golden in GOLDENS
+]
+FIRST_GOLDENS = [next(golden for golden in GOLDENS if golden.backbone is cls) for cls in (RepViT, FastViT)]
+
+
+@pytest.fixture(scope='module', params=ALL_GOLDENS)
 def golden(request: pytest.FixtureRequest) -> Golden:
     return request.param
 
@@ -123,7 +130,7 @@ class TestMaps:
     def test_strides_and_channels(self, build, size, deploy):
         network = build(deploy=deploy).eval()
         maps = network(torch.randn(2, 3, *size))
-        widths = {4: 8, 8: 16, 16: 24, 32: 32}
+        widths = dict(zip((4, 8, 16, 32), network.spec.channels, strict=True))
         assert [m.shape for m in maps] == [(2, c, *(math.ceil(side / s) for side in size)) for s, c in widths.items()]
         assert network.out_channels == tuple(widths.values())
 
@@ -137,11 +144,11 @@ class TestMaps:
             log.clear()
             part.load_state_dict(whole.state_dict(), strict=True)
             aside = len(whole.state_dict()) - len(part.state_dict())
-            assert part.out_channels == tuple((8, 16, 24, 32)[i] for i in out_indices)
+            assert part.out_channels == tuple(whole.out_channels[i] for i in out_indices)
             assert all(torch.equal(a, b) for a, b in zip(part(x), [whole(x)[i] for i in out_indices], strict=True))
             count = len(part.state_dict())
             assert len(log) == 1 and f' {count}/{count} backbone tensors loaded' in log[0]
-            assert (f'; {aside} set aside (behind the last tap of out_indices={out_indices})' in log[0]) == (aside > 0)
+            assert (f'; {aside} set aside (not built for out_indices={out_indices})' in log[0]) == (aside > 0)
 
     @pytest.mark.parametrize('out_indices', SUBSETS, ids=str)
     def test_every_parameter_gets_a_gradient(self, build, out_indices, x):
@@ -151,23 +158,24 @@ class TestMaps:
             assert [name for name, parameter in network.named_parameters() if parameter.grad is None] == []
 
     def test_taps_differ_but_for_the_last_stage(self, build, x):
-        end, before = (build(tap=tap).eval()(x) for tap in ('stage_end', 'pre_downsample'))
-        assert [torch.equal(a, b) for a, b in zip(end, before, strict=True)] == [False, False, False, True]
+        end, *others = (build(tap=tap).eval()(x) for tap in build().taps)
+        for before in others:
+            assert [torch.equal(a, b) for a, b in zip(end, before, strict=True)] == [False, False, False, True]
 
-    def test_set_aside_head_is_logged_beside_unbuilt_stages(self, log):
-        golden = GOLDENS[0]
+    @pytest.mark.parametrize('golden', FIRST_GOLDENS, ids=lambda golden: golden.name)
+    def test_set_aside_head_is_logged_beside_unbuilt_stages(self, golden, log):
         network = golden.backbone(golden.arch, out_indices=(0, 1))
         network.load_state_dict(golden.state_dict(), strict=True)
         heads = sum(name.startswith(HEADS) for name in golden.shapes)
         unbuilt = len(golden.shapes) - heads - len(network.state_dict())
         assert len(log) == 1
         assert f'; {heads} set aside (classification head)' in log[0]
-        assert f'; {unbuilt} set aside (behind the last tap' in log[0]
+        assert f'; {unbuilt} set aside (not built for out_indices=(0, 1))' in log[0]
 
     def test_stages_beyond_those_of_the_variant_are_not_set_aside(self, build):
         network = build(out_indices=(0,))
         weights = network.state_dict()
-        for name in ('stages.4.0.x', 'stages.1.99.x', 'stages.0.2.x', 'stages.0.x', 'stages.a.0.x'):
+        for name in ('stages.4.0.x', 'stages.1.99.x', 'stages.0.2.x', 'stages.0.x', 'stages.a.0.x', 'x'):
             with pytest.raises(CheckpointError, match=re.escape(f'unexplained: 1 ({name})')):
                 network.load_state_dict({**weights, name: torch.zeros(1)}, strict=True)
 
@@ -249,8 +257,8 @@ class TestFolding:
         assert len(errors) == len(list(network.parameters())) + 1
         assert max(errors.values()) < 1e-9
 
-    def test_gradients_of_a_published_network_are_those_of_the_branches(self):
-        golden = GOLDENS[0]
+    @pytest.mark.parametrize('golden', FIRST_GOLDENS, ids=lambda golden: golden.name)
+    def test_gradients_of_a_published_network_are_those_of_the_branches(self, golden):
         network = golden.backbone(golden.arch, norm_eval=True).double().train()
         network.load_state_dict(golden.state_dict())
         assert max(gradient_errors(network, image().double()).values()) < 1e-9
@@ -262,7 +270,7 @@ class TestFolding:
         with plain_formulation(network):
             expected = network(x)
         for block in reparam_blocks(network):
-            tensor = next(tensor for name, tensor in block.named_parameters() if name.endswith('conv.weight'))
+            tensor = next(tensor for tensor in block.parameters() if tensor.dim() in (2, 4))
             before = tensor.clone()
             tensor.mul_(0.9)
             assert largest_error(network(x), expected) > 1e-6
@@ -274,7 +282,149 @@ class TestFolding:
         network = build(norm_eval=True).double().train()
         expected = gradients(network, x.double())
         with torch.no_grad():
-            reparam_blocks(network)[-1].state_dict()['bn.running_var'].mul_(1.001)
+            norms(network)[-1].running_var.mul_(1.001)
+        actual = gradients(network, x.double())
+        assert max(relative_error(gradient, expected[name]) for name, gradient in actual.items()) > 1e-6
+
+    def test_option_turns_it_off(self, build, x, monkeypatch):
+        network = build(norm_eval=True, fold_frozen=False).train()
+        for block in reparam_blocks(network):
+            monkeypatch.setattr(block, 'equivalent_kernel', None)
+        total(network(x)).backward()
+        actual = gradients(build(norm_eval=True).train(), x)
+        assert max(relative_error(actual[name], p.grad) for name, p in network.named_parameters()) < 1e-4
+
+    def test_gradients_with_kernels_computed_together(self, build, x):
+        """As on a GPU."""
+        network = build(norm_eval=True, frozen_stages=1).double().train()
+        x, leaves = x.double(), [p for p in network.parameters() if p.requires_grad]
+        with plain_formulation(network):
+            expected = torch.autograd.grad(total(network(x)), leaves)
+        with kernels_together(network):
+            loss = total(network(x))
+        assert max(map(relative_error, torch.autograd.grad(loss, leaves), expected)) < 1e-9
+
+    @pytest.mark.parametrize('golden', FIRST_GOLDENS, ids=lambda golden: golden.name)
+    def test_set_aside_head_is_logged_beside_unbuilt_stages(self, golden, log):
+        network = golden.backbone(golden.arch, out_indices=(0, 1))
+        network.load_state_dict(golden.state_dict(), strict=True)
+        heads = sum(name.startswith(HEADS) for name in golden.shapes)
+        unbuilt = len(golden.shapes) - heads - len(network.state_dict())
+        assert len(log) == 1
+        assert f'; {heads} set aside (classification head)' in log[0]
+        assert f'; {unbuilt} set aside (not built for out_indices=(0, 1))' in log[0]
+
+    def test_stages_beyond_those_of_the_variant_are_not_set_aside(self, build):
+        network = build(out_indices=(0,))
+        weights = network.state_dict()
+        for name in ('stages.4.0.x', 'stages.1.99.x', 'stages.0.2.x', 'stages.0.x', 'stages.a.0.x', 'x'):
+            with pytest.raises(CheckpointError, match=re.escape(f'unexplained: 1 ({name})')):
+                network.load_state_dict({**weights, name: torch.zeros(1)}, strict=True)
+
+
+class TestFreezing:
+    @pytest.mark.parametrize('frozen_stages', range(-1, 5))
+    def test_frozen_stages_stay_frozen(self, build, frozen_stages, x):
+        network = build(frozen_stages=frozen_stages)
+        parts = [network.stem, *network.stages]
+        frozen, live = parts[: frozen_stages + 1], parts[frozen_stages + 1 :]
+
+        def check() -> None:
+            assert not any(module.training for part in frozen for module in part.modules())
+            assert not any(parameter.requires_grad for part in frozen for parameter in part.parameters())
+            assert all(parameter.requires_grad for part in live for parameter in part.parameters())
+
+        check()
+        for mode in (True, False, True):
+            network.train(mode)
+            check()
+            assert all(module.training is mode for part in live for module in part.modules())
+
+        before = [statistics(part) for part in parts]
+        maps = network(x)
+        if live:
+            total(maps).backward()
+        for part, old in zip(parts, before, strict=True):
+            changed = [not torch.equal(old[name], tensor) for name, tensor in statistics(part).items()]
+            assert changed and all(change is (part in live) for change in changed)
+            assert all((parameter.grad is not None) is (part in live) for parameter in part.parameters())
+
+    def test_norm_eval_freezes_statistics_alone(self, build, x):
+        network = build(norm_eval=True)
+        for mode in (True, False, True):
+            network.train(mode)
+            assert not any(norm.training for norm in norms(network))
+            assert all(isinstance(m, _BatchNorm) or m.training is mode for m in network.modules())
+        before = statistics(network)
+        total(network(x)).backward()
+        assert all(torch.equal(before[name], tensor) for name, tensor in statistics(network).items())
+        assert all(parameter.grad is not None for norm in norms(network) for parameter in norm.parameters())
+
+    def test_live_norms_run_branches_and_gather_statistics(self, build, x):
+        network = build().train()
+        before = statistics(network)
+        network(x)
+        unmoved = [name for name, tensor in statistics(network).items() if torch.equal(before[name], tensor)]
+        assert unmoved == []
+
+    def test_norm_eval_and_frozen_stages_go_together(self, build):
+        network = build(norm_eval=True, frozen_stages=1).train()
+        assert not any(norm.training for norm in norms(network))
+        assert not any(module.training for module in network.stages[0].modules())
+        assert network.stages[1].training
+        assert all(parameter.requires_grad for parameter in network.stages[1].parameters())
+
+
+def gradients(network: ReparamBackbone, x: Tensor, retain_graph: bool = False) -> dict[str, Tensor]:
+    """Gradients of every parameter and of the input."""
+    x = x.clone().requires_grad_()
+    leaves = {**dict(network.named_parameters()), 'input': x}
+    loss = total(network(x))
+    for _ in range(1 + retain_graph):
+        found = torch.autograd.grad(loss, list(leaves.values()), retain_graph=retain_graph)
+    return dict(zip(leaves, found, strict=True))
+
+
+def gradient_errors(network: ReparamBackbone, x: Tensor) -> dict[str, float]:
+    """Relative difference of each gradient between running by one convolution a block and by its branches."""
+    with plain_formulation(network):
+        expected = gradients(network, x)
+    return {name: relative_error(gradient, expected[name]) for name, gradient in gradients(network, x).items()}
+
+
+class TestFolding:
+    def test_gradients_are_those_of_the_branches(self, build, x):
+        network = build(norm_eval=True).double().train()
+        errors = gradient_errors(network, x.double())
+        assert len(errors) == len(list(network.parameters())) + 1
+        assert max(errors.values()) < 1e-9
+
+    @pytest.mark.parametrize('golden', FIRST_GOLDENS, ids=lambda golden: golden.name)
+    def test_gradients_of_a_published_network_are_those_of_the_branches(self, golden):
+        network = golden.backbone(golden.arch, norm_eval=True).double().train()
+        network.load_state_dict(golden.state_dict())
+        assert max(gradient_errors(network, image().double()).values()) < 1e-9
+
+    @torch.no_grad()
+    def test_fusion_check_notices_any_broken_block(self, build, x):
+        """Twin of the golden test: one branch of one block is broken before fusing."""
+        network, x = build().double().eval(), x.double()
+        with plain_formulation(network):
+            expected = network(x)
+        for block in reparam_blocks(network):
+            tensor = next(tensor for tensor in block.parameters() if tensor.dim() in (2, 4))
+            before = tensor.clone()
+            tensor.mul_(0.9)
+            assert largest_error(network(x), expected) > 1e-6
+            assert largest_error(switch_to_deploy(copy.deepcopy(network))(x), expected) > 1e-6
+            tensor.copy_(before)
+        assert largest_error(switch_to_deploy(network)(x), expected) < 1e-9
+
+    def test_gradient_check_notices_one_broken_branch(self, build, x):
+        network = build(norm_eval=True).double().train()
+        expected = gradients(network, x.double())
+        with torch.no_grad():
+            norms(network)[-1].running_var.mul_(1.001)
         actual = gradients(network, x.double())
         assert max(relative_error(gradient, expected[name]) for name, gradient in actual.items()) > 1e-6
 
@@ -465,14 +615,15 @@ class TestDeploy:
 
     @pytest.mark.parametrize('fused', [False, True])
     def test_copies_are_the_same_network(self, build, x, fused):
-        network = build(tap='pre_downsample', out_indices=(0, 2)).eval()
+        options = {'tap': list(build().taps)[-1], 'out_indices': (0, 2)}
+        network = build(**options).eval()
         if fused:
             switch_to_deploy(network)
         expected = network(x)
         file = io.BytesIO()
         torch.save(network.state_dict(), file)
         file.seek(0)
-        loaded = build(tap='pre_downsample', out_indices=(0, 2), deploy=fused).eval()
+        loaded = build(**options, deploy=fused).eval()
         for tensor in loaded.state_dict().values():
             tensor.zero_()
         loaded.load_state_dict(torch.load(file, weights_only=True), strict=True)
@@ -532,8 +683,12 @@ class TestCheckpointing:
 
 class TestStochasticDepth:
     @staticmethod
-    def rates(network: nn.Module) -> list[float]:
-        return [module.rate for module in network.modules() if isinstance(module, StochasticDepth)]
+    def rates(network: ReparamBackbone) -> list[float]:
+        """The one rate of each block that has any."""
+        blocks = [block for stage in network.stages for block in stage]
+        found = [{m.rate for m in block.modules() if isinstance(m, StochasticDepth)} for block in blocks]
+        assert all(len(rates) <= 1 for rates in found)
+        return [rate for rates in found for rate in rates]
 
     def test_rate_grows_linearly_over_the_blocks(self, build):
         rates = self.rates(build(drop_path_rate=0.3))
@@ -553,12 +708,9 @@ class TestArguments:
     @pytest.mark.parametrize(
         ('options', 'error', 'words'),
         [
-            (dict(arch='m1_2'), ValueError, ["arch='m1_2'", "nearest is 'm1_"]),
-            (dict(arch='repvit_m1_1'), ValueError, ['arch=', "nearest is 'm1_1'"]),
             (dict(arch=None), TypeError, ['arch=None', 'a name or a dict']),
             (dict(tap='stage_ends'), ValueError, ["tap='stage_ends'", "nearest is 'stage_end'"]),
-            (dict(tap='predownsample'), ValueError, ['tap=', "nearest is 'pre_downsample'"]),
-            (dict(tap=None), ValueError, ['tap=None', 'stage_end', 'pre_downsample']),
+            (dict(tap=None), ValueError, ['tap=None', 'stage_end']),
             (dict(out_indices=(0, 1, 1)), ValueError, ['out_indices=(0, 1, 1)', 'nearest is (0, 1)']),
             (dict(out_indices=(2, 0)), ValueError, ['out_indices=(2, 0)', 'nearest is (0, 2)']),
             (dict(out_indices=(1, 2, 3, 4)), ValueError, ['out_indices=(1, 2, 3, 4)', 'nearest is (1, 2, 3)']),
@@ -581,12 +733,32 @@ class TestArguments:
             (dict(arch=dict(channels=(8, 16, 24, 32))), TypeError, ['arch=', 'depths']),
             (dict(arch=dict(channels=8, depths=(1, 1, 1, 1))), (TypeError, ValueError), ['channels', '8']),
             (dict(arch=dict(channels=(8, 16, 24), depths=(1, 1, 1, 1))), ValueError, ['channels=(8, 16, 24)', 'four']),
-            (dict(arch=dict(channels=(7, 16, 24, 32), depths=(1, 1, 1, 1))), ValueError, ['channels=', 'even']),
         ],
         ids=lambda value: str(value) if isinstance(value, dict) else '',
     )
     @pytest.mark.parametrize('cls', sorted({cls for cls, _ in SMALL.values()}, key=str))
     def test_bad_argument_names_itself_and_what_is_valid(self, cls, options, error, words):
+        self.check(cls, options, error, words)
+
+    @pytest.mark.parametrize(
+        ('cls', 'options', 'words'),
+        [
+            (RepViT, dict(arch='m1_2'), ["arch='m1_2'", "nearest is 'm1_"]),
+            (RepViT, dict(arch='repvit_m1_1'), ['arch=', "nearest is 'm1_1'"]),
+            (RepViT, dict(tap='predownsample'), ['tap=', "nearest is 'pre_downsample'"]),
+            (RepViT, dict(arch=dict(channels=(7, 16, 24, 32), depths=(1, 1, 1, 1))), ['channels=', 'even']),
+            (FastViT, dict(arch='sa18'), ["arch='sa18'", "nearest is 'sa"]),
+            (FastViT, dict(arch='ma-36'), ['arch=', "nearest is 'ma36'"]),
+            (FastViT, dict(tap='pre_downsample'), ['tap=', 'expected one of stage_end']),
+            (FastViT, dict(arch=dict(channels=(8, 16, 24, 32), depths=(1, 1, 1, 1))), ['channels=', 'a multiple']),
+        ],
+        ids=str,
+    )
+    def test_bad_argument_of_one_family(self, cls, options, words):
+        self.check(cls, options, ValueError, words)
+
+    @staticmethod
+    def check(cls, options, error, words):
         with pytest.raises(error) as raised:
             cls(**options)
         message = str(raised.value)
@@ -687,6 +859,6 @@ class TestTorch:
 def test_public_names():
     import repvit_mm
 
-    assert set(repvit_mm.__all__) >= {'RepViT', 'FuseOnDeployHook', 'switch_to_deploy'}
+    assert set(repvit_mm.__all__) >= {'FastViT', 'RepViT', 'FuseOnDeployHook', 'switch_to_deploy'}
     assert all(hasattr(repvit_mm, name) for name in repvit_mm.__all__)
     assert repvit_mm.RepViT is RepViT

@@ -3,21 +3,22 @@
 import argparse
 import os
 import pickle
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDENS
+from helpers import GOLDENS, Golden, fuse_as_owners, image, largest_error
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from safetensors.torch import save_file
 from torch import nn
 
-from repvit_mm import RepViT, switch_to_deploy
+from repvit_mm import FastViT, RepViT, switch_to_deploy
 from repvit_mm.checkpoint import STATISTICS, TRUSTED, CheckpointError, download, read_checkpoint
-from repvit_mm.names import translate
+from repvit_mm.reparam import plain_formulation
 
 
 class Detector(nn.Module):
@@ -27,23 +28,30 @@ class Detector(nn.Module):
         self.neck = nn.Conv2d(3, 3, 1)
 
 
-golden = GOLDENS[0]
-
-
-def build(**options) -> nn.Module:
-    return golden.backbone(golden.arch, **options)
+@pytest.fixture(
+    scope='module',
+    params=[golden for golden in GOLDENS if golden.name in ('repvit_m0_6', 'fastvit_sa12')],
+    ids=lambda golden: golden.name,
+)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return request.param
 
 
 @pytest.fixture(scope='module')
-def weights() -> dict[str, torch.Tensor]:
+def build(golden: Golden) -> Callable[..., nn.Module]:
+    return partial(golden.backbone, golden.arch)
+
+
+@pytest.fixture(scope='module')
+def weights(golden: Golden) -> dict[str, torch.Tensor]:
     """The reference's state dict, under the reference's names."""
     return golden.state_dict()
 
 
 @pytest.fixture(scope='module')
-def expected(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def expected(golden: Golden, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same weights under our names, by hand."""
-    names = translate(weights)
+    names = golden.backbone.naming.translate(weights)
     return {names[name]: tensor.float() for name, tensor in weights.items() if names[name]}
 
 
@@ -54,7 +62,7 @@ def check(network: nn.Module, expected: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize('key', [None, 'model', 'state_dict', 'model_ema'])
-def test_classifier_file_loads(tmp_path, weights, expected, key):
+def test_classifier_file_loads(tmp_path, weights, expected, key, build):
     """The authors' classification files keep their tensors under ``model``."""
     file = str(tmp_path / 'classifier.pth')
     torch.save(weights if key is None else {key: weights, 'epoch': 299}, file)
@@ -66,7 +74,7 @@ def test_classifier_file_loads(tmp_path, weights, expected, key):
     check(network, expected)
 
 
-def test_detector_file_loads(tmp_path, weights, expected):
+def test_detector_file_loads(tmp_path, weights, expected, build):
     """The authors' detection files hold a detector under ``state_dict``."""
     file = str(tmp_path / 'detector.pth')
     neck = {name: torch.full_like(tensor, 2) for name, tensor in nn.Conv2d(3, 3, 1).state_dict().items()}
@@ -86,7 +94,7 @@ def test_detector_file_loads(tmp_path, weights, expected):
     check(wrapped.module.backbone, expected)
 
 
-def test_fused_weights_load_into_a_fused_network(expected):
+def test_fused_weights_load_into_a_fused_network(expected, build):
     network = build()
     network.load_state_dict(expected, strict=True)
     fused = switch_to_deploy(network).state_dict()
@@ -95,7 +103,26 @@ def test_fused_weights_load_into_a_fused_network(expected):
     check(network, fused)
 
 
-def test_loading_leaves_the_given_state_dict_alone(weights):
+@pytest.mark.parametrize('convention', ['authors', 'timm'])
+@torch.no_grad()
+def test_file_fused_by_the_owners_code_is_fused_on_as_it_loads(weights, build, log, convention):
+    network = build().double().eval()
+    network.load_state_dict(weights)
+    with plain_formulation(network):
+        expected = network(image().double())
+    tensors = translate_tensors(fuse_as_owners(network), convention)
+    for taken in (tensors, {'state_dict': tensors | {'head.weight': torch.zeros(1000, 1)}}):
+        fused = build(deploy=True).double()
+        log.clear()
+        fused.load_state_dict(taken, strict=True)
+        assert fused.deployed and largest_error(fused(image().double()), expected) < 1e-9
+        assert any('fused form, ' in line for line in log)
+    part = build(deploy=True, out_indices=(0, 1)).double()
+    part.load_state_dict(tensors, strict=True)
+    assert largest_error(part(image().double()), expected[:2]) < 1e-9
+
+
+def test_loading_leaves_the_given_state_dict_alone(weights, build):
     before = list(weights.items())
     build().load_state_dict(weights, strict=True)
     assert all(a == b and x is y for (a, x), (b, y) in zip(weights.items(), before, strict=True))
@@ -104,48 +131,62 @@ def test_loading_leaves_the_given_state_dict_alone(weights):
 class TestVerdict:
     """What does not fit is refused in one line that says what the file is, whatever ``strict`` says."""
 
-    @staticmethod
-    def refused(tmp_path, network, tensors) -> str:
-        file = str(tmp_path / 'file.pth')
-        torch.save(tensors, file)
-        with pytest.raises(CheckpointError) as error:
-            load_checkpoint(network, file, strict=False)
-        message = str(error.value)
-        assert message.startswith(f'{file} does not fit RepViT m0_6: ') and '\n' not in message
-        return message
+    @pytest.fixture
+    def refused(self, tmp_path, golden) -> Callable[..., str]:
+        def refused(network, tensors) -> str:
+            file = str(tmp_path / 'file.pth')
+            torch.save(tensors, file)
+            with pytest.raises(CheckpointError) as error:
+                load_checkpoint(network, file, strict=False)
+            message = str(error.value)
+            title = f'{golden.backbone.__name__} {golden.arch}'
+            assert message.startswith(f'{file} does not fit {title}: ') and '\n' not in message
+            return message
 
-    def test_other_variant(self, tmp_path, weights):
-        for arch in ('m0_9', 'm2'):
-            other = RepViT(arch).state_dict()
-            for tensors in (other, translate_tensors(other, 'timm'), translate_tensors(other, 'authors')):
-                assert f"it holds RepViT {arch}: set arch='{arch}'" in self.refused(tmp_path, build(), tensors)
-        fused = RepViT('m1_0', deploy=True).state_dict()
-        assert "it holds RepViT m1_0: set arch='m1_0'" in self.refused(tmp_path, build(deploy=True), fused)
+        return refused
 
-    def test_fused_file_meets_training_network(self, tmp_path):
-        assert 'deploy=True' in self.refused(tmp_path, build(), build(deploy=True).state_dict())
+    @pytest.mark.parametrize('other', ['m0_9', 'm2', 't8', 'sa24'])
+    def test_other_variant(self, refused, golden, build, other):
+        network = (RepViT if other in RepViT.specs else FastViT)(other)
+        where = '' if type(network) is golden.backbone else f"type='{type(network).__name__}', "
+        advice = f"it holds {type(network).__name__} {other}: set {where}arch='{other}'"
+        for convention in ('ours', 'authors', 'timm'):
+            assert advice in refused(build(), translate_tensors(network, convention))
+        if other == 'm2':  # fused it is m1_1
+            return
+        for convention in ('ours', 'authors', 'timm'):
+            assert advice in refused(build(), translate_tensors(fuse_as_owners(network), convention))
+        assert advice in refused(build(deploy=True), switch_to_deploy(network).state_dict())
 
-    def test_incomplete_and_foreign_files(self, tmp_path, weights):
+    def test_fused_file_meets_training_network(self, refused, build):
+        advice = 'this network is for training: build it with deploy=True or take an unfused file'
+        assert f'it is fused and {advice}' in refused(build(), build(deploy=True).state_dict())
+        as_owners = fuse_as_owners(build())
+        form = 'fused' if as_owners.deployed else 'partly fused'
+        for tensors in (as_owners.state_dict(), translate_tensors(as_owners, 'authors')):
+            assert f'it is {form} and {advice}' in refused(build(), tensors)
+
+    def test_incomplete_and_foreign_files(self, refused, weights, build):
         part = dict(list(weights.items())[1:])
-        assert 'missing: 1 (stem.conv1.conv.weight)' in self.refused(tmp_path, build(), part)
-        assert 'it holds another network' in self.refused(tmp_path, build(), {'conv1.weight': torch.zeros(1)})
+        assert 'missing: 1 (stem.conv1.conv' in refused(build(), part)
+        assert 'it holds another network' in refused(build(), {'conv1.weight': torch.zeros(1)})
         for network, tensors in ((build(), {}), (Detector(build()), weights)):
             with pytest.raises(CheckpointError, match='it holds no tensor for it'):
                 network.load_state_dict(tensors, strict=False)
 
-    def test_batch_counters_may_be_absent(self, weights, expected):
+    def test_batch_counters_may_be_absent(self, weights, expected, build):
         network = build()
         network.load_state_dict({n: t for n, t in weights.items() if not n.endswith('num_batches_tracked')})
         check(network, expected)
 
-    def test_one_line_in_the_log(self, tmp_path, weights, log):
+    def test_one_line_in_the_log(self, tmp_path, golden, weights, log, build):
         torch.save({'model': weights}, tmp_path / 'a.pth')
         load_checkpoint(build(), str(tmp_path / 'a.pth'), logger='current')
         (line,) = (line for line in log if 'backbone tensors' in line)
         count = len(build().state_dict())
         assert line == (
-            f"{tmp_path / 'a.pth'}: RepViT m0_6, training form, the authors' names: {count}/{count} backbone tensors "
-            f'loaded; {len(weights) - count} set aside (classification head)'
+            f"{tmp_path / 'a.pth'}: {golden.backbone.__name__} {golden.arch}, training form, the authors' names: "
+            f'{count}/{count} backbone tensors loaded; {len(weights) - count} set aside (classification head)'
         )
 
     def test_what_was_read_can_be_saved_and_read_again(self, tmp_path, weights):
@@ -154,7 +195,9 @@ class TestVerdict:
         again = read_checkpoint(tmp_path / 'b.pth')['model']
         assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
 
-    def test_other_tap_is_warned_of(self, tmp_path, weights, log):
+    def test_other_tap_is_warned_of(self, tmp_path, log):
+        golden = GOLDENS[0]
+        build, weights = partial(golden.backbone, golden.arch), golden.state_dict()
         detector = {f'backbone.{name}': tensor for name, tensor in weights.items()} | {'rpn_head.x': torch.zeros(1)}
         segmentor = {f'backbone.{name}': tensor for name, tensor in weights.items()} | {'decode_head.x': torch.zeros(1)}
         ours = {'state_dict': segmentor, 'meta': {'cfg': "dict(tap='pre_downsample', type='RepViT')"}}
@@ -178,7 +221,7 @@ class TestVerdict:
         with DefaultScope.overwrite_default_scope('mmdet'):
             given, taken = (MODELS.build(dict(cfg.model)) for _ in range(2))
         heads = {n: t for n, t in given.state_dict().items() if not n.startswith('backbone.')}
-        backbone = translate_tensors(given.backbone.state_dict(), 'authors')
+        backbone = translate_tensors(given.backbone, 'authors')
         state = {**{f'backbone.{name}': tensor for name, tensor in backbone.items()}, **heads}
         torch.save(
             {'state_dict': state, 'meta': {'CLASSES': ('person',), 'mmdet_version': '2.28.2'}}, tmp_path / 'a.pth'
@@ -187,8 +230,9 @@ class TestVerdict:
         check(taken, given.state_dict())
 
 
-def translate_tensors(tensors, convention):
-    names = translate(tensors, convention)
+def translate_tensors(network, convention):
+    tensors = network.state_dict()
+    names = network.naming.translate(tensors, convention)
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
@@ -263,7 +307,7 @@ class TestReading:
         with pytest.raises(pickle.UnpicklingError):
             torch.load(tmp_path / 'a.pth', weights_only=True)
 
-    def test_safetensors(self, tmp_path, weights, expected):
+    def test_safetensors(self, tmp_path, weights, expected, build):
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / 'a.safetensors')
         network = build()
         load_checkpoint(network, str(tmp_path / 'a.safetensors'))

@@ -21,7 +21,8 @@ sys.path.append(str(TOOLS))
 main = importlib.import_module('convert_checkpoint').main
 
 SOURCES = {golden.name: golden for golden in GOLDENS}
-SMALLEST, V1 = SOURCES['repvit_m0_6'], SOURCES['timm_repvit_m1']
+SMALLEST, V1, FASTVIT = (SOURCES[name] for name in ('repvit_m0_6', 'timm_repvit_m1', 'fastvit_sa12'))
+QUICK = [SMALLEST, V1, FASTVIT]
 
 
 def origin(golden: Golden) -> str:
@@ -50,7 +51,7 @@ def equal(first: dict, second: dict) -> bool:
 
 
 def maps(tensors: dict, golden: Golden, **options) -> tuple:
-    network = RepViT(golden.arch, tap='pre_downsample', **options).eval()
+    network = golden.backbone(golden.arch, tap=list(golden.taps)[-1], **options).eval()
     network.load_state_dict(tensors)
     with torch.no_grad():
         return network(image())
@@ -86,10 +87,7 @@ def detector(smallest) -> Path:
 
 @pytest.mark.parametrize(
     'golden',
-    [
-        pytest.param(golden, id=golden.name, marks=() if golden in (SMALLEST, V1) else pytest.mark.slow)
-        for golden in GOLDENS
-    ],
+    [pytest.param(golden, id=golden.name, marks=() if golden in QUICK else pytest.mark.slow) for golden in GOLDENS],
 )
 class TestEveryArch:
     def test_names_change_and_nothing_else(self, tmp_path, capsys, golden):
@@ -98,7 +96,8 @@ class TestEveryArch:
         main([str(released), '--check'])
         backbone = without_heads(golden.state_dict())
         whose = {'timm': "timm's", 'authors': "the authors'"}[origin(golden)]
-        verdict = f'RepViT {golden.arch}, training form, {whose} names: {len(backbone)} backbone tensors, '
+        title = f'{golden.backbone.__name__} {golden.arch}'
+        verdict = f'{title}, training form, {whose} names: {len(backbone)} backbone tensors, '
         assert capsys.readouterr().out == f'{released}: {verdict}{len(golden.shapes) - len(backbone)} ' + (
             'of classification heads\n'
         )
@@ -107,7 +106,7 @@ class TestEveryArch:
         main([str(released), str(first)])
         ours = read(first)['state_dict']
         assert all(torch.equal(a, b) for a, b in zip(ours.values(), backbone.values(), strict=True))
-        assert ours.keys() == RepViT(golden.arch).state_dict().keys()
+        assert ours.keys() == golden.backbone(golden.arch).state_dict().keys()
         for to in ('authors', 'timm'):
             there, back = tmp_path / f'{to}.pth', tmp_path / f'{to}_ours.pth'
             main([str(first), str(there), '--to', to])
@@ -117,7 +116,8 @@ class TestEveryArch:
             assert tensors.keys() != ours.keys()
             if to == origin(golden):
                 assert equal(tensors, backbone)
-            twin = SOURCES.get(('timm_' if to == 'timm' else '') + f'repvit_{golden.arch}')
+            family = golden.backbone.__name__.lower()
+            twin = SOURCES.get(('timm_' if to == 'timm' else '') + f'{family}_{golden.arch}')
             if twin:  # the other owners' own list of names
                 assert {name: tuple(t.shape) for name, t in tensors.items()} == without_heads(twin.shapes)
 
@@ -126,17 +126,30 @@ class TestEveryArch:
         torch.save(layout(golden), released)
         main([str(released), str(first), '--fuse'])
         ours = read(first)['state_dict']
-        assert ours.keys() == RepViT(golden.arch, deploy=True).state_dict().keys()
+        assert ours.keys() == golden.backbone(golden.arch, deploy=True).state_dict().keys()
         for to in ('authors', 'timm'):
             there, back = tmp_path / f'{to}.pth', tmp_path / f'{to}_ours.pth'
-            main([str(first), str(there), '--to', to])
-            main([str(there), str(back)])
+            main([str(released), str(there), '--to', to, '--fuse'])
+            main([str(there), str(back), '--fuse'])
             assert equal(read(back)['state_dict'], ours)
+            if golden.backbone is RepViT:
+                before = read(there)
+                main([str(first), str(there), '--to', to, '--force'])
+                assert equal(*(before['model'], read(there)['model']) if to == 'authors' else (before, read(there)))
+            else:
+                with pytest.raises(
+                    SystemExit, match=r'ours\.pth cannot get .* names: its backbone is fused further than'
+                ):
+                    main([str(first), str(there), '--to', to, '--force'])
+                capsys.readouterr()
+                main([str(there), '--check'])
+                assert f'FastViT {golden.arch}, partly fused form' in capsys.readouterr().out
         main([str(back), '--check'])
-        assert re.search(rf'RepViT (\w+ or )*{golden.arch}( or \w+)*, fused form', capsys.readouterr().out)
+        title = rf'{golden.backbone.__name__} (\w+ or )*{golden.arch}( or \w+)*'
+        assert re.search(f'{title}, fused form', capsys.readouterr().out)
 
 
-@pytest.mark.parametrize('golden', [SMALLEST, V1], ids=lambda golden: golden.name)
+@pytest.mark.parametrize('golden', QUICK, ids=lambda golden: golden.name)
 @pytest.mark.parametrize(('suffix', 'fuse'), [('pth', False), ('safetensors', True)], ids=['training', 'fused'])
 @pytest.mark.parametrize('to', ['ours', 'authors', 'timm'])
 def test_converted_networks_compute_what_the_reference_did(tmp_path, golden, suffix, fuse, to):
@@ -144,8 +157,9 @@ def test_converted_networks_compute_what_the_reference_did(tmp_path, golden, suf
     torch.save(layout(golden), released)
     main([str(released), str(out), '--to', to, *['--fuse'] * fuse])
     tensors = read(out) if suffix == 'pth' else safetensors.torch.load_file(out)
-    assert fuse != any('running_mean' in str(name) for name in flat(tensors))
-    assert largest_error(maps(tensors, golden, deploy=fuse), golden.maps('pre_downsample')) < 1e-5
+    entirely = fuse and (to == 'ours' or golden.backbone is RepViT)
+    assert entirely != any('running_mean' in str(name) for name in flat(tensors))
+    assert largest_error(maps(tensors, golden, deploy=fuse), golden.maps(list(golden.taps)[-1])) < 1e-5
 
 
 def flat(content: dict) -> list[str]:
@@ -313,10 +327,10 @@ BAD = {
     ),
     'another network': (
         lambda t: {'layer1.0.conv1.weight': torch.ones(1)},
-        r'holds no RepViT: its first tensor is layer1\.0\.conv1\.weight',
+        r'holds no FastViT or RepViT: its first tensor is layer1\.0\.conv1\.weight',
     ),
-    'no tensor': (lambda t: {'epoch': 3}, r'holds no RepViT: it holds no tensor at all'),
-    'no dict': (lambda t: [1, 2], r'holds no RepViT: it holds no tensor at all'),
+    'no tensor': (lambda t: {'epoch': 3}, r'holds no FastViT or RepViT: it holds no tensor at all'),
+    'no dict': (lambda t: [1, 2], r'holds no FastViT or RepViT: it holds no tensor at all'),
 }
 
 

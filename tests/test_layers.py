@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from helpers import randomize, relative_error
 from torch import nn
 
-from repvit_mm.layers import ConvBN, SqueezeExcite, StochasticDepth
+from repvit_mm.layers import ChannelLinear, ConvBN, LayerScale, NormLinear, SqueezeExcite, StochasticDepth
 from repvit_mm.reparam import plain_formulation
 
 
@@ -37,6 +37,30 @@ def test_squeeze_excite_gates_channels_by_the_mean_of_all():
     gate = 1 / (1 + torch.exp(-(hidden @ second.T + layer.fc2.bias)))
     assert hidden.shape == (2, 8)
     assert relative_error(layer(x), x * gate[..., None, None]) < 1e-12
+
+
+def test_norm_linear_is_norm_and_linear_layer_over_the_channels():
+    block = randomize(NormLinear(6, 9).double()).eval()
+    x = torch.randn(2, 6, 5, 7).double()
+    norm, linear = block.norm, block.linear
+    expected = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    expected = torch.einsum('nchw,oc->nohw', expected, linear.weight)
+    assert linear.bias is None
+    with plain_formulation(block):
+        assert relative_error(block(x), expected) < 1e-12
+    assert relative_error(block(x), expected) < 1e-12
+
+
+@pytest.mark.parametrize('layer', [nn.Conv2d(6, 9, 1), nn.Conv2d(6, 9, 1, bias=False), ChannelLinear(6, 9)], ids=str)
+def test_layer_scale_is_a_factor_for_each_channel_from_the_start_one(layer):
+    block = LayerScale(layer, 9, 0.25).double()
+    x = torch.randn(2, 6, 5, 7).double()
+    assert relative_error(block(x), 0.25 * layer(x)) < 1e-12
+    randomize(block)
+    expected = layer(x) * block.layer_scale.view(1, 9, 1, 1)
+    assert relative_error(block(x), expected) < 1e-12
+    with plain_formulation(block):
+        assert relative_error(block(x), expected) < 1e-12
 
 
 @pytest.mark.parametrize(('rate', 'training'), [(0.0, True), (0.0, False), (0.7, False)])

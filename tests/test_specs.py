@@ -2,7 +2,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from repvit_mm.specs import REPVIT_SPECS, RepViTSpec
+from repvit_mm.specs import FASTVIT_SPECS, REPVIT_SPECS, FastViTSpec, RepViTSpec
 
 
 def test_repvit_has_the_published_variants():
@@ -10,25 +10,40 @@ def test_repvit_has_the_published_variants():
     assert [name for name, spec in REPVIT_SPECS.items() if not spec.norm_after_sum] == ['m1', 'm2', 'm3']
 
 
-def test_spec_cannot_be_changed():
+def test_fastvit_has_the_published_variants():
+    assert list(FASTVIT_SPECS) == ['t8', 't12', 's12', 'sa12', 'sa24', 'sa36', 'ma36']
+    for name, spec in FASTVIT_SPECS.items():
+        assert sum(spec.depths) == (10 if name == 't8' else int(name[-2:]))
+        assert spec.attention is ('a' in name) and spec.mlp_ratio == (3 if name.startswith('t') else 4)
+
+
+@pytest.mark.parametrize('spec', [REPVIT_SPECS['m1_1'], FASTVIT_SPECS['sa12']], ids=lambda spec: type(spec).__name__)
+def test_spec_cannot_be_changed(spec):
     with pytest.raises(FrozenInstanceError):
-        REPVIT_SPECS['m1_1'].depths = (1, 1, 1, 1)
+        spec.depths = (1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
-    ('fields', 'words'),
+    ('spec', 'fields', 'words'),
     [
-        (dict(channels=(8, 16, 24)), ['channels=(8, 16, 24)', 'four positive integers']),
-        (dict(channels=(8, 16, 24, 0)), ['channels=(8, 16, 24, 0)', 'four positive integers']),
-        (dict(channels=(8, 16.0, 24, 32)), ['channels=(8, 16.0, 24, 32)', 'four positive integers']),
-        (dict(channels=(7, 16, 24, 32)), ['channels=(7, 16, 24, 32)', 'even']),
-        (dict(depths=(1, 1, 1, 1, 1)), ['depths=(1, 1, 1, 1, 1)', 'four positive integers']),
-        (dict(depths=(1, -1, 1, 1)), ['depths=(1, -1, 1, 1)', 'four positive integers']),
-        (dict(norm_after_sum='no'), ["norm_after_sum='no'", 'True or False']),
+        (RepViTSpec, dict(channels=(8, 16, 24)), ['channels=(8, 16, 24)', 'four positive integers']),
+        (RepViTSpec, dict(channels=(8, 16, 24, 0)), ['channels=(8, 16, 24, 0)', 'four positive integers']),
+        (RepViTSpec, dict(channels=(8, 16.0, 24, 32)), ['channels=(8, 16.0, 24, 32)', 'four positive integers']),
+        (RepViTSpec, dict(channels=(7, 16, 24, 32)), ['channels=(7, 16, 24, 32)', 'even']),
+        (RepViTSpec, dict(depths=(1, 1, 1, 1, 1)), ['depths=(1, 1, 1, 1, 1)', 'four positive integers']),
+        (RepViTSpec, dict(depths=(1, -1, 1, 1)), ['depths=(1, -1, 1, 1)', 'four positive integers']),
+        (RepViTSpec, dict(norm_after_sum='no'), ["norm_after_sum='no'", 'True or False']),
+        (FastViTSpec, dict(channels=(8, 16, 32)), ['channels=(8, 16, 32)', 'four positive integers']),
+        (FastViTSpec, dict(channels=(8, 16, 24, 48)), ['channels=(8, 16, 24, 48)', 'a multiple of the one before']),
+        (FastViTSpec, dict(depths=(1, 1, 1, 0)), ['depths=(1, 1, 1, 0)', 'four positive integers']),
+        (FastViTSpec, dict(mlp_ratio=2.5), ['mlp_ratio=2.5', 'positive integer']),
+        (FastViTSpec, dict(attention='yes'), ["attention='yes'", 'True or False']),
+        (FastViTSpec, dict(channels=(6, 12, 24, 48), attention=True), ['channels=(6, 12, 24, 48)', 'multiple of 32']),
+        (FastViTSpec, dict(layer_scale=0.0), ['layer_scale=0.0', 'positive number']),
     ],
 )
-def test_impossible_spec_names_the_field(fields, words):
+def test_impossible_spec_names_the_field(spec, fields, words):
     with pytest.raises(ValueError) as error:
-        RepViTSpec(**{'channels': (8, 16, 24, 32), 'depths': (1, 1, 1, 1), **fields})
+        spec(**{'channels': (8, 16, 32, 64), 'depths': (1, 1, 1, 1), **fields})
     assert all(word in str(error.value) for word in words)
     assert '\n' not in str(error.value)

@@ -1,4 +1,4 @@
-"""Look into a RepViT checkpoint of any kind, or convert it: python tools/convert_checkpoint.py IN OUT."""
+"""Look into a checkpoint of any kind, or convert it: python tools/convert_checkpoint.py IN OUT."""
 
 import argparse
 import hashlib
@@ -6,7 +6,7 @@ import io
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repvit_mm import RepViT, switch_to_deploy
+from repvit_mm import switch_to_deploy
+from repvit_mm.backbone import Recognized, ReparamBackbone, families, fused_blocks
 from repvit_mm.checkpoint import (
     CONTAINERS,
     TRUSTED,
     CheckpointError,
     describe_misfit,
-    is_fused,
     one_line,
     read_checkpoint,
     tensors_of,
     trained_tap,
     without_counters,
 )
-from repvit_mm.names import WHOSE, backbone_prefix, origin_of, translate
+from repvit_mm.names import WHOSE
 
 CLASS_NAMES = ('dataset_meta', 'CLASSES', 'PALETTE')
 """What a detector's ``meta`` says of its classes, in MMEngine's and in the 2.x era's words: not about its training."""
@@ -39,8 +39,7 @@ class Content:
 
     Args:
         origin: Whose names its backbone has, ``'ours'``, ``'authors'`` or ``'timm'``.
-        archs: The variants that it fits, several where fusing makes them equal.
-        fused: Whether it is in the fused form.
+        recognized: What its backbone is.
         prefix: What stands before the backbone's names, parallel wrappers left out.
         backbone: The backbone's tensors by our names.
         heads: Those of its classification heads by their own names.
@@ -48,18 +47,18 @@ class Content:
     """
 
     origin: str
-    archs: list[str]
-    fused: bool
+    recognized: Recognized
     prefix: str
     backbone: dict[str, Tensor]
     heads: dict[str, Tensor]
     others: dict[str, Tensor]
 
     def __str__(self) -> str:
+        family, archs, form = self.recognized
         more = {'of classification heads': self.heads, 'of other parts of a model': self.others}
         return (
-            f'RepViT {" or ".join(self.archs)}, {"fused" if self.fused else "training"} form, '
-            f'{WHOSE[self.origin]} names: {len(self.backbone)} backbone tensors'
+            f'{family.__name__} {" or ".join(archs)}, {form} form, {WHOSE[self.origin]} names: '
+            f'{len(self.backbone)} backbone tensors'
             + (f' under {self.prefix}*' if self.prefix else '')
             + ''.join(f', {len(tensors)} {what}' for what, tensors in more.items() if tensors)
         )
@@ -67,7 +66,7 @@ class Content:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits with one line where its options do not fit together."""
-    parser = argparse.ArgumentParser(description='Look into a RepViT checkpoint of any kind, or convert it.')
+    parser = argparse.ArgumentParser(description='Look into a RepViT or FastViT checkpoint of any kind, or convert it.')
     parser.add_argument('input', type=os.path.expanduser, metavar='IN', help='.pth or .safetensors file')
     parser.add_argument(
         'output',
@@ -77,7 +76,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help='.pth or .safetensors file; or a folder, where a .pth file gets the start of its SHA-256 into its name',
     )
     parser.add_argument('--to', choices=list(WHOSE), default='ours', help='whose tensor names (default: %(default)s)')
-    parser.add_argument('--fuse', action='store_true', help='fuse the backbone for deployment')
+    parser.add_argument(
+        '--fuse', action='store_true', help='fuse the backbone (by names of others: as far as their code does)'
+    )
     parser.add_argument('--check', action='store_true', help='only say what IN is; OUT may be left out')
     parser.add_argument('--force', action='store_true', help='replace a file that is there already')
     parser.add_argument(
@@ -107,51 +108,81 @@ def recognize(checkpoint: Any, file: str) -> Content:
         CheckpointError: unless that is exactly a known variant, alone or in a model.
     """
     tensors = tensors_of(checkpoint)
-    prefix = backbone_prefix(tensors)
-    if prefix is None:
+    candidates = {}
+    for family in families():
+        prefix = family.naming.prefix_of(tensors)
+        if prefix is None:
+            continue
+        found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        names = family.naming.translate(found)
+        backbone = {ours: found[name] for name, ours in names.items() if ours is not None}
+        if recognized := family.recognize(backbone):
+            return Content(
+                family.naming.origin_of(found),
+                recognized,
+                prefix=prefix.removeprefix('module.'),
+                backbone=backbone,
+                heads={name: found[name] for name, ours in names.items() if ours is None},
+                others={name.removeprefix('module.'): t for name, t in tensors.items() if not name.startswith(prefix)},
+            )
+        candidates[family] = without_counters(backbone)
+    if not candidates:
         has = f'its first tensor is {next(iter(tensors))}' if tensors else 'it holds no tensor at all'
-        raise CheckpointError(f'{file} holds no RepViT: {has}')
-    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    names = translate(found)
-    backbone = {ours: found[name] for name, ours in names.items() if ours is not None}
-    recognized = RepViT.recognize(backbone)
-    if recognized is None:
-        raise CheckpointError(f'{file} holds no whole RepViT: {misfit(backbone)}')
-    return Content(
-        origin_of(found),
-        *recognized,
-        prefix=prefix.removeprefix('module.'),
-        backbone=backbone,
-        heads={name: found[name] for name, ours in names.items() if ours is None},
-        others={name.removeprefix('module.'): t for name, t in tensors.items() if not name.startswith(prefix)},
-    )
+        raise CheckpointError(f'{file} holds no {" or ".join(family.__name__ for family in families())}: {has}')
+    raise CheckpointError(f'{file} {misfit(candidates)}')
 
 
-def misfit(tensors: Mapping[str, Tensor]) -> str:
-    """What keeps a backbone's tensors, by our names, from being those of the variant nearest to them."""
-    shapes = without_counters(tensors)
-    variants = {arch: RepViT.variant_shapes(arch, is_fused(shapes)) for arch in RepViT.specs}
-    nearest = max(variants, key=lambda arch: len(variants[arch].items() & shapes.items()))
-    own = variants[nearest]
+def misfit(candidates: Mapping[type[ReparamBackbone], Mapping[str, torch.Size]]) -> str:
+    """What keeps shapes, by our names as each family translates them, from being those of the nearest variant."""
+    variants = [
+        (family, arch, shapes, family.variant_shapes(spec, shapes))
+        for family, shapes in candidates.items()
+        for arch, spec in family.specs.items()
+    ]
+    family, nearest, shapes, own = max(variants, key=lambda variant: len(variant[2].items() & variant[3].items()))
     missing = [name for name in own if name not in shapes]
     unexplained = [name for name in shapes if name not in own]
     reshaped = [name for name in own if name in shapes and shapes[name] != own[name]]
-    return f'compared with {nearest}, {describe_misfit(missing, unexplained, reshaped)}'
+    misfits = describe_misfit(missing, unexplained, reshaped)
+    return f'holds no whole {family.__name__}: compared with {nearest}, {misfits}'
 
 
-def convert(content: Content, to: str, fuse: bool) -> tuple[dict[str, Tensor], int]:
+def blocks_to_fuse(content: Content, to: str) -> list[str]:
+    """The blocks of the backbone that are still to be fused, where ``to`` has a name for them.
+
+    Raises:
+        CheckpointError: if one is fused already for which it has none.
+    """
+    family, archs, _ = content.recognized
+    _, kernels = family.layout(family.specs[archs[0]])
+    named = list(kernels) if to == 'ours' else family.naming.shared_blocks(content.backbone, kernels)
+    fused = fused_blocks(content.backbone, kernels)
+    if not fused.issubset(named):
+        raise CheckpointError(f'its backbone is fused further than {WHOSE[to]} code can: convert the unfused file')
+    return [name for name in named if name not in fused]
+
+
+def convert(content: Content, to: str, fuse: Collection[str]) -> tuple[dict[str, Tensor], int]:
     """All tensors by their new names, and how many of classification heads are set aside.
 
-    Heads stay as long as the names do: other conventions have none, or others. With ``fuse`` they go, because a head
-    that is not fused loads into no fused classifier.
+    Heads stay as long as the names do: other conventions have none, or others. Where blocks are fused they go, because
+    a head that is not fused loads into no fused classifier.
+
+    Args:
+        content: What there is.
+        to: Whose names.
+        fuse: The blocks to fuse.
     """
+    family, archs, _ = content.recognized
     backbone = content.backbone
     if fuse:
-        network = RepViT(content.archs[0]).to(next(iter(backbone.values())).dtype)
-        network.load_state_dict(backbone)
-        backbone = switch_to_deploy(network).state_dict()
+        optional = {name: tensor for name, tensor in backbone.items() if name.startswith(family.optional)}
+        network = family.from_tensors({n: t for n, t in backbone.items() if n not in optional}, arch=archs[0])
+        switch_to_deploy(network, [network.get_submodule(name) for name in fuse])
+        dtype = next(iter(backbone.values())).dtype
+        backbone = network.to(dtype).state_dict() | optional
     kept = content.heads if to == content.origin and not fuse else {}
-    renamed = {new: backbone[ours] for ours, new in translate(backbone, to).items()} | kept
+    renamed = {new: backbone[ours] for ours, new in family.naming.translate(backbone, to).items()} | kept
     tensors = {content.prefix + name: tensor for name, tensor in renamed.items()} | content.others
     # Copies hold no larger memory that a tensor was a view of, and no mark of the file that it came from.
     copies = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
@@ -221,9 +252,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output is None:
         return
 
-    if args.fuse and content.fused:
+    try:
+        left = blocks_to_fuse(content, args.to)
+    except CheckpointError as error:
+        sys.exit(f'{args.input} cannot get {WHOSE[args.to]} names: {error}')
+    if args.fuse and not left:
         print(f'{args.input} is fused already')
-    tensors, aside = convert(content, args.to, args.fuse and not content.fused)
+    tensors, aside = convert(content, args.to, left if args.fuse else [])
     if args.suffix == '.pth':
         data = to_pth(tensors, metadata_of(checkpoint, args.keep_metadata), args.to, bare=not content.prefix)
     else:

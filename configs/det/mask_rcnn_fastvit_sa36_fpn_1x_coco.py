@@ -1,0 +1,10 @@
+_base_ = '../_base_/mask_rcnn_fastvit_fpn_1x_coco.py'
+
+checkpoint = (
+    'https://docs-assets.developer.apple.com/ml-research/models/fastvit/image_classification_models/'
+    'fastvit_sa36.pth.tar'
+)
+model = dict(
+    backbone=dict(arch='sa36', init_cfg=dict(checkpoint=checkpoint)),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+)

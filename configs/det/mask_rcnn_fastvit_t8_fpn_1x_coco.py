@@ -1,0 +1,9 @@
+_base_ = '../_base_/mask_rcnn_fastvit_fpn_1x_coco.py'
+
+checkpoint = (
+    'https://docs-assets.developer.apple.com/ml-research/models/fastvit/image_classification_models/fastvit_t8.pth.tar'
+)
+model = dict(
+    backbone=dict(arch='t8', init_cfg=dict(checkpoint=checkpoint)),
+    neck=dict(in_channels=[48, 96, 192, 384]),
+)

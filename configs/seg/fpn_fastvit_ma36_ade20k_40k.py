@@ -1,0 +1,10 @@
+_base_ = '../_base_/fpn_fastvit_ade20k_40k.py'
+
+checkpoint = (
+    'https://docs-assets.developer.apple.com/ml-research/models/fastvit/image_classification_models/'
+    'fastvit_ma36.pth.tar'
+)
+model = dict(
+    backbone=dict(arch='ma36', init_cfg=dict(checkpoint=checkpoint)),
+    neck=dict(in_channels=[76, 152, 304, 608]),
+)

@@ -1,0 +1,9 @@
+_base_ = '../_base_/fpn_fastvit_ade20k_40k.py'
+
+checkpoint = (
+    'https://docs-assets.developer.apple.com/ml-research/models/fastvit/image_classification_models/fastvit_t12.pth.tar'
+)
+model = dict(
+    backbone=dict(arch='t12', init_cfg=dict(checkpoint=checkpoint)),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+)

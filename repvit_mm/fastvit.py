@@ -1,0 +1,348 @@
+"""FastViT: A Fast Hybrid Vision Transformer using Structural Reparameterization (ICCV 2023).
+
+Source: https://arxiv.org/abs/2303.14189.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from .backbone import ReparamBackbone, refuse_unknown
+from .layers import GELU, ChannelLinear, ConvBN, LayerScale, NormLinear, StochasticDepth, add_residual
+from .names import FASTVIT_NAMES
+from .recompute import conv_after
+from .reparam import (
+    Kernel,
+    ReparamBlock,
+    add_kernels,
+    conv_kernel,
+    fold_norm,
+    identity_kernel,
+    scale_kernel,
+    subtract_kernel,
+)
+from .specs import FASTVIT_SPECS, HEAD_CHANNELS, FastViTSpec
+
+
+class MobileOneBlock(ReparamBlock):
+    """Convolution branches, a 1x1 branch and a skip branch, each with its own BatchNorm, summed.
+
+    The 1x1 branch is there if the kernel is larger, the skip branch if the shape stays. The linear part alone of
+    MobileOne's block (https://arxiv.org/abs/2206.04040): what activates its output stands behind it.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Height and width of the convolution branches' kernels, odd.
+        stride: Stride of the block.
+        groups: Groups of its convolutions.
+        num_convs: Number of convolution branches, at least 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+        num_convs: int = 1,
+    ) -> None:
+        super().__init__(stride, kernel_size // 2, groups)
+        self.convs = nn.ModuleList(
+            ConvBN(in_channels, out_channels, kernel_size, stride, groups) for _ in range(num_convs)
+        )
+        self.scale = ConvBN(in_channels, out_channels, 1, stride, groups) if kernel_size > 1 else None
+        self.skip = nn.BatchNorm2d(in_channels) if in_channels == out_channels and stride == 1 else None
+
+    def branches(self, x: Tensor) -> Tensor:
+        y = self.convs[0](x)
+        for branch in (*self.convs[1:], self.scale, self.skip):
+            if branch is not None:
+                y = y + branch(x)
+        return y
+
+    def equivalent_kernel(self) -> Kernel:
+        kernels = [conv.equivalent_kernel() for conv in self.convs]
+        if self.scale is not None:
+            kernels.append(self.scale.equivalent_kernel())
+        if self.skip is not None:
+            kernels.append(fold_norm(identity_kernel(kernels[0]), self.skip))
+        return add_kernels(*kernels)
+
+
+class RepMixer(ReparamBlock):
+    """Token mixer ``x + layer_scale * (mixer(x) - norm(x))``: one 3x3 depthwise convolution.
+
+    Args:
+        channels: Channels of the map.
+        layer_scale: Initial layer scale.
+    """
+
+    def __init__(self, channels: int, layer_scale: float) -> None:
+        super().__init__(stride=1, padding=1, groups=channels)
+        self.mixer = MobileOneBlock(channels, channels, 3, groups=channels)
+        self.norm = nn.BatchNorm2d(channels)
+        self.layer_scale = nn.Parameter(torch.full((channels, 1, 1), layer_scale))
+
+    def branches(self, x: Tensor) -> Tensor:
+        return x + self.layer_scale * (self.mixer(x) - self.norm(x))
+
+    def equivalent_kernel(self) -> Kernel:
+        mixer = self.mixer.equivalent_kernel()
+        identity = identity_kernel(mixer)
+        difference = subtract_kernel(mixer, fold_norm(identity, self.norm))
+        return add_kernels(scale_kernel(difference, self.layer_scale[..., 0, 0]), identity)
+
+
+class Attention(nn.Module):
+    """Residual self-attention among all places of a map.
+
+    Args:
+        channels: Channels of the map, a multiple of 32.
+        layer_scale: Initial layer scale.
+        drop_path_rate: Stochastic depth of the residual branch.
+    """
+
+    def __init__(self, channels: int, layer_scale: float, drop_path_rate: float) -> None:
+        super().__init__()
+        self.qkv = NormLinear(channels, 3 * channels)
+        self.project = LayerScale(ChannelLinear(channels, channels), channels, layer_scale)
+        self.drop_path = StochasticDepth(drop_path_rate)
+        for linear in (self.qkv.linear, self.project.layer):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+        nn.init.zeros_(self.project.layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(x).flatten(2).unflatten(1, (3, -1, HEAD_CHANNELS))
+        # Contiguous, (N, heads, H * W, 32): the kernels that keep no H * W x H * W weights take nothing else.
+        query, key, value = heads.transpose(-2, -1).contiguous().unbind(1)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return add_residual(x, self.drop_path(self.project(mixed.transpose(-2, -1).reshape(x.shape))))
+
+
+class ConvFFN(nn.Module):
+    """Residual 7x7 depthwise -> 1x1 -> GELU -> 1x1 with a layer scale.
+
+    Args:
+        channels: Channels of the map.
+        hidden_channels: Channels between the 1x1 convolutions.
+        layer_scale: Initial layer scale.
+        drop_path_rate: Stochastic depth of the residual branch.
+    """
+
+    def __init__(self, channels: int, hidden_channels: int, layer_scale: float, drop_path_rate: float) -> None:
+        super().__init__()
+        self.depthwise = ConvBN(channels, channels, 7, groups=channels)
+        self.expand = nn.Conv2d(channels, hidden_channels, 1)
+        self.act = GELU()
+        self.project = LayerScale(nn.Conv2d(hidden_channels, channels, 1), channels, layer_scale)
+        self.drop_path = StochasticDepth(drop_path_rate)
+        for conv in (self.depthwise.conv, self.expand, self.project.layer):
+            nn.init.trunc_normal_(conv.weight, std=0.02)
+        for conv in (self.expand, self.project.layer):
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, _ = conv_after(self.depthwise, self.expand, x)
+        return add_residual(x, self.drop_path(conv_after(self.act, self.project, hidden)[0]))
+
+
+class Block(nn.Sequential):
+    """Token mixer and channel mixer.
+
+    Args:
+        spec: Of the network.
+        stage: Index of the stage, from 0 to 3.
+        drop_path_rate: Stochastic depth of the residual branches; RepMixer has none.
+    """
+
+    def __init__(self, spec: FastViTSpec, stage: int, drop_path_rate: float) -> None:
+        super().__init__()
+        channels = spec.channels[stage]
+        if spec.attention and stage == 3:
+            self.token_mixer = Attention(channels, spec.layer_scale, drop_path_rate)
+        else:
+            self.token_mixer = RepMixer(channels, spec.layer_scale)
+        self.channel_mixer = ConvFFN(channels, spec.mlp_ratio * channels, spec.layer_scale, drop_path_rate)
+
+
+class LargeKernelConv(ReparamBlock):
+    """7x7 and 3x3 branch of stride 2, each with its own BatchNorm, summed; depthwise with several outputs a channel.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output, a multiple of ``in_channels``.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(stride=2, padding=3, groups=in_channels)
+        self.large = ConvBN(in_channels, out_channels, 7, stride=2, groups=in_channels)
+        self.small = ConvBN(in_channels, out_channels, 3, stride=2, groups=in_channels)
+
+    def branches(self, x: Tensor) -> Tensor:
+        return self.large(x) + self.small(x)
+
+    def equivalent_kernel(self) -> Kernel:
+        return add_kernels(self.large.equivalent_kernel(), self.small.equivalent_kernel())
+
+
+class PositionEncoding(ReparamBlock):
+    """Conditional position encoding (https://arxiv.org/abs/2102.10882): a 7x7 depthwise convolution and identity.
+
+    Without a BatchNorm it is one convolution in every mode.
+
+    Args:
+        channels: Channels of the map.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(stride=1, padding=3, groups=channels)
+        self.conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+
+    def branches(self, x: Tensor) -> Tensor:
+        return self.conv(x) + x
+
+    def equivalent_kernel(self) -> Kernel:
+        kernel = conv_kernel(self.conv)
+        return add_kernels(kernel, identity_kernel(kernel))
+
+
+class Stem(nn.Module):
+    """3x3 stride-2, 3x3 depthwise stride-2 and 1x1 block, each followed by a GELU.
+
+    Args:
+        out_channels: Channels of the first stage.
+    """
+
+    def __init__(self, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = MobileOneBlock(3, out_channels, 3, stride=2)
+        self.act1 = GELU()
+        self.conv2 = MobileOneBlock(out_channels, out_channels, 3, stride=2, groups=out_channels)
+        self.act2 = GELU()
+        self.conv3 = MobileOneBlock(out_channels, out_channels, 1)
+        self.act3 = GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, _ = conv_after(self.act1, self.conv2, self.conv1(x))
+        return self.act3(conv_after(self.act2, self.conv3, x)[0])
+
+
+class PatchEmbedding(nn.Module):
+    """Stride-2 block between two stages: large kernels for space, 1x1 for channels, position encoding if asked for.
+
+    Args:
+        in_channels: Channels of the stage before.
+        out_channels: Channels of the stage that begins here.
+        with_position: Whether a position encoding ends it, for attention.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, with_position: bool) -> None:
+        super().__init__()
+        # No activation between them: the released weights were trained without it.
+        self.spatial = LargeKernelConv(in_channels, out_channels)
+        self.channel = MobileOneBlock(out_channels, out_channels, 1)
+        self.act = GELU()
+        self.position = PositionEncoding(out_channels) if with_position else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, _ = conv_after(self.spatial, self.channel, x)
+        return self.act(x) if self.position is None else conv_after(self.act, self.position, x)[0]
+
+
+@MODELS.register_module()
+class FastViT(ReparamBackbone):
+    """FastViT backbone for dense prediction.
+
+    Source: https://arxiv.org/abs/2303.14189 and https://github.com/apple/ml-fastvit. Its four maps are the stages' own
+    ends; in the authors' dense code the last map of the attention variants is taken before the attention.
+
+    Args:
+        arch: ``t8 t12 s12 sa12 sa24 sa36 ma36``, or a dict with the fields of
+            :class:`~repvit_mm.specs.FastViTSpec`.
+        out_indices: Stages whose maps are returned, increasing, from 0 to 3.
+        tap: ``'stage_end'``, the map behind a stage's last block.
+        norm_eval: Keep all BatchNorm statistics frozen during training; weights and biases go on learning. Every
+            block then runs, and learns, as one convolution, unless ``fold_frozen=False``.
+        frozen_stages: -1 freezes nothing, 0 the stem, k also the first k stages; output norms go on learning.
+        with_cp: Recompute each block in the backward pass instead of keeping its maps.
+        fold_frozen: Run each block whose statistics are frozen as the one convolution that it equals, and recompute in
+            the backward pass what lies between the 1x1 convolutions; ``False`` runs and keeps every branch.
+        deploy: Build the network with its blocks already fused; it cannot be trained.
+        drop_path_rate: Stochastic depth of the last block, growing linearly from 0 at the first one.
+        out_norm: Put a BatchNorm behind each returned map, as the authors' dense code does. Classification weights
+            have none: it starts fresh. It is not fused.
+        init_cfg: Initialization, e.g. ``dict(type='Pretrained', checkpoint=...)``; the authors' files load as they are.
+
+    Raises:
+        ValueError: if a value is not valid; names the option and the nearest valid value.
+        TypeError: likewise for an option that does not exist.
+    """
+
+    specs = FASTVIT_SPECS
+    spec_type = FastViTSpec
+    naming = FASTVIT_NAMES
+    optional: ClassVar = ('out_norms.',)
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = 'sa12',
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        tap: str = 'stage_end',
+        norm_eval: bool = False,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        fold_frozen: bool = True,
+        deploy: bool = False,
+        drop_path_rate: float = 0.0,
+        out_norm: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+        **unknown: Any,
+    ) -> None:
+        refuse_unknown(type(self), unknown)
+        super().__init__(
+            arch, out_indices, tap, drop_path_rate, norm_eval, frozen_stages, with_cp, fold_frozen, deploy, init_cfg
+        )
+        self.out_norm = out_norm
+        if out_norm:
+            norms = {str(index): nn.BatchNorm2d(self.spec.channels[index]) for index in self.out_indices}
+            self.out_norms = nn.ModuleDict(norms).train(self.training)
+
+    def _make_stem(self) -> nn.Module:
+        return Stem(self.spec.channels[0])
+
+    def _stage_lengths(self) -> list[int]:
+        return [depth + (index > 0) for index, depth in enumerate(self.spec.depths)]
+
+    def _residual_lengths(self) -> list[int]:
+        return list(self.spec.depths)
+
+    def _make_stage(self, index: int, drop_path_rates: Sequence[float]) -> list[nn.Module]:
+        channels = self.spec.channels
+        blocks: list[nn.Module] = []
+        if index > 0:
+            with_position = self.spec.attention and index == 3
+            blocks.append(PatchEmbedding(channels[index - 1], channels[index], with_position))
+        return blocks + [Block(self.spec, index, rate) for rate in drop_path_rates]
+
+    def _output(self, index: int, x: Tensor) -> Tensor:
+        return self.out_norms[str(index)](x) if self.out_norm else x
+
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), 'out_norm': self.out_norm}
+
+    def _is_not_built(self, name: str) -> bool:
+        if self.out_norm and (match := re.match(r'out_norms\.([0-3])\.', name)):
+            return match[1] not in self.out_norms
+        return super()._is_not_built(name)
+
+    def _advice(self, tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> str | None:
+        if not self.out_norm and any(name.startswith('out_norms.') for name in whole):
+            return 'it has output norms: set out_norm=True or take another file'
+        return super()._advice(tensors, whole)
