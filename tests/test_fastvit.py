@@ -116,7 +116,8 @@ def test_last_stage_alone_has_attention_and_its_position_encoding(attention):
     mixers = [[type(block.token_mixer) for block in stage if hasattr(block, 'token_mixer')] for stage in network.stages]
     last = Attention if attention else RepMixer
     assert mixers == [[RepMixer] * 2, [RepMixer], [RepMixer] * 3, [last] * 2]
-    assert [getattr(stage[0], 'position', None) is not None for stage in network.stages] == [False, False, False, attention]
+    encoded = [getattr(stage[0], 'position', None) is not None for stage in network.stages]
+    assert encoded == [False, False, False, attention]
 
 
 @pytest.mark.parametrize('deploy', [False, True])
