@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .checkpoint import CheckpointError, describe_misfit, find_backbone, source_of, without_counters
 from .names import WHOSE, Naming
-from .reparam import ReparamBlock, kernels_together, reparam_blocks, runs_eagerly, switch_to_deploy
+from .reparam import ReparamBlock, kernels_together, reparam_blocks, runs_eagerly, switch_to_deploy, tree_of
 
 NUM_STAGES = 4
 
@@ -122,8 +122,9 @@ class ReparamBackbone(BaseModule, ABC):
         norm_eval: Keep all BatchNorm statistics frozen during training; weights and biases go on learning.
         frozen_stages: -1 freezes nothing, 0 the stem, k also the first k stages: statistics and parameters.
         with_cp: Recompute each block in the backward pass instead of keeping its maps.
-        fold_frozen: Run each block whose statistics are frozen as the one convolution that it equals, and recompute in
-            the backward pass what lies between the 1x1 convolutions; ``False`` runs and keeps every branch.
+        fold_frozen: Run each block whose statistics are frozen as the one convolution that it equals, recompute in the
+            backward pass what lies between the 1x1 convolutions, and compute in channels_last on a CPU. ``False`` runs
+            and keeps every branch, in the memory format of the input.
         deploy: Build the network with its blocks already fused.
         init_cfg: Initialization, as everywhere in MMEngine.
     """
@@ -164,6 +165,7 @@ class ReparamBackbone(BaseModule, ABC):
         self.norm_eval = norm_eval
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
+        self.fold_frozen = fold_frozen
 
         self.stem = self._make_stem()
         lengths = self._residual_lengths()
@@ -251,21 +253,31 @@ class ReparamBackbone(BaseModule, ABC):
             x: Images ``(N, 3, H, W)``, normalized, H and W at least 32.
 
         Returns:
-            For each stage ``i`` in ``out_indices`` a map ``(N, C_i, ceil(H / s), ceil(W / s))``, ``s = 4 * 2 ** i``.
+            For each stage ``i`` in ``out_indices`` a map ``(N, C_i, ceil(H / s), ceil(W / s))``, ``s = 4 * 2 ** i``,
+            in the input's memory format.
         """
-        learns, eager, on_cpu = torch.is_grad_enabled(), runs_eagerly(), x.device.type == 'cpu'
-        if eager and on_cpu and not learns:
-            x = x.contiguous(memory_format=torch.channels_last)  # in which a CPU's convolutions are faster
+        folds = self.fold_frozen and all(m.folds for m in tree_of(self) if isinstance(m, ReparamBlock))
+        if not (folds and runs_eagerly()):
+            return self._maps(x)
+        if x.device.type == 'cpu':
+            # Convolutions are faster in this memory format. Not all that takes the maps knows it, mmcv's RoIAlign for
+            # one reads it as the other, so they leave in that of the input.
+            maps = self._maps(x.contiguous(memory_format=torch.channels_last))
+            kept = x.is_contiguous(memory_format=torch.channels_last)
+            return maps if kept else tuple(m.contiguous() for m in maps)
         # With checkpointing, a block's second run has to do what its first one did.
-        together = eager and learns and not on_cpu and not self.with_cp
+        together = torch.is_grad_enabled() and not self.with_cp
         with kernels_together(self) if together else nullcontext():
-            x = self._run(self.stem, x)
-            maps = []
-            for i, stage in enumerate(self.stages):
-                for j, block in enumerate(stage):
-                    x = self._run(block, x)
-                    if (i, j) in self._tapped:
-                        maps.append(self._output(i, x))
+            return self._maps(x)
+
+    def _maps(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self._run(self.stem, x)
+        maps = []
+        for i, stage in enumerate(self.stages):
+            for j, block in enumerate(stage):
+                x = self._run(block, x)
+                if (i, j) in self._tapped:
+                    maps.append(self._output(i, x))
         return tuple(maps)
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import math
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import pytest
@@ -309,13 +309,16 @@ class TestFolding:
         network = golden.backbone(golden.arch, norm_eval=True).train()
         network.load_state_dict(golden.state_dict())
         x = torch.cat([image(), image().flip(-1)])
-        flat = torch.nn.utils.parameters_to_vector
-        exact = flat(list(gradients(copy.deepcopy(network).double(), x.double()).values())[:-1])
+        exact = gradients(copy.deepcopy(network).double(), x.double())
+        del exact['input']
+
+        def flat(tensors: Iterable[Tensor]) -> Tensor:
+            return torch.cat([tensor.flatten() for tensor in tensors])
 
         def distance(autocast: bool) -> float:
             with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
                 loss = total([m.float() for m in network(x)])
-            return relative_error(flat(torch.autograd.grad(loss, list(network.parameters()))), exact)
+            return relative_error(flat(torch.autograd.grad(loss, list(network.parameters()))), flat(exact.values()))
 
         assert distance(autocast=False) < 1e-4
         with plain_formulation(network):
@@ -654,11 +657,22 @@ class TestTorch:
         network = build().eval()
         return switch_to_deploy(network) if request.param == 'fused' else network
 
-    @torch.no_grad()
-    def test_channels_last(self, network, x):
-        expected = network(x)
-        actual = network.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    @pytest.mark.parametrize('learns', [False, True], ids=['inference', 'gradients'])
+    def test_maps_have_the_memory_format_of_the_input(self, network, x, learns):
+        """Whatever the network computes in: RoIAlign reads a map in channels_last as if it were not."""
+        with torch.set_grad_enabled(learns):
+            expected = network(x)
+            actual = network.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
         assert largest_error(actual, expected) < 1e-5
+        assert all(m.is_contiguous() for m in expected)
+        assert all(m.is_contiguous(memory_format=torch.channels_last) for m in actual)
+
+    def test_gradients_in_channels_last(self, build, x):
+        network = build(norm_eval=True).train()
+        expected = gradients(network, x)
+        network.to(memory_format=torch.channels_last)
+        actual = gradients(network, x.to(memory_format=torch.channels_last))
+        assert max(relative_error(actual[name], gradient) for name, gradient in expected.items()) < 1e-4
 
     @torch.no_grad()
     def test_autocast(self, network, x):

@@ -115,7 +115,7 @@ class TestMemory:
 
 
 class TestRoutes:
-    @pytest.mark.parametrize('name', ['plain', 'folded', 'fused_plain', 'fused', 'channels_last'])
+    @pytest.mark.parametrize('name', ['plain', 'folded', 'fused_plain', 'fused'])
     def test_each_gives_the_maps(self, name):
         source = small_source()
         with ExitStack() as stack, torch.no_grad():

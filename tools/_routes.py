@@ -19,7 +19,7 @@ from _launch import one_line
 from torch import Tensor, nn
 
 from repvit_mm import switch_to_deploy
-from repvit_mm.names import translate
+from repvit_mm.backbone import ReparamBackbone
 from repvit_mm.reparam import plain_formulation
 
 OPSET = 17
@@ -69,12 +69,13 @@ def of(network: nn.Module, images: Tensor) -> Route:
     return Route(lambda: network(images), network)
 
 
-def without_shortcuts(network: nn.Module, images: Tensor) -> Route:
+def without_shortcuts(network: ReparamBackbone, images: Tensor) -> Route:
     """A network as it was written: nothing overwritten in place, no memory format chosen for the processor.
 
-    The package takes these shortcuts where gradients are off. Here they are on, for a network that has none to record.
+    Nothing is overwritten where gradients are on, which they are here, for a network that has none to record.
     """
     network.requires_grad_(False)
+    network.fold_frozen = False
     return Route(torch.enable_grad()(lambda: network(images)), network)
 
 
@@ -140,7 +141,7 @@ def timm(source: Source, stack: ExitStack) -> Route:
         raise LeftOut(f'timm has no {name}')
     network = library.create_model(name, num_classes=0).to(source.images).eval()
     tensors = source.network.state_dict()
-    names = translate(tensors, 'timm')
+    names = source.network.naming.translate(tensors, 'timm')
     network.load_state_dict({names[ours]: tensor for ours, tensor in tensors.items()})
     network = library.utils.reparameterize_model(network, inplace=True)
     return Route(lambda: (network.forward_features(source.images),), network, last_only=True)
