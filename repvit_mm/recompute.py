@@ -83,7 +83,17 @@ class _ConvOfRecomputed(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         stride, padding, groups = options
         scaled = None if scale is None else middle * scale
-        return F.conv2d(middle if scaled is None else scaled, weight, bias, stride, padding, groups=groups), scaled
+        # Rounded to half precision, a bias would be off by the same amount at every place.
+        output = F.conv2d(
+            middle if scaled is None else scaled,
+            weight,
+            bias if ctx.autocast is None else None,
+            stride,
+            padding,
+            1,
+            groups,
+        )
+        return output if ctx.autocast is None else output.add_(bias.view(-1, 1, 1)), scaled
 
     @staticmethod
     @once_differentiable
