@@ -123,8 +123,8 @@ class ReparamBackbone(BaseModule, ABC):
         frozen_stages: -1 freezes nothing, 0 the stem, k also the first k stages: statistics and parameters.
         with_cp: Recompute each block in the backward pass instead of keeping its maps.
         fold_frozen: Run each block whose statistics are frozen as the one convolution that it equals, recompute in the
-            backward pass what lies between the 1x1 convolutions, and compute in channels_last on a CPU. ``False`` runs
-            and keeps every branch, in the memory format of the input.
+            backward pass what lies between the 1x1 convolutions; if all are frozen, compute in channels_last on a CPU.
+            ``False`` runs and keeps every branch, in the memory format of the input.
         deploy: Build the network with its blocks already fused.
         init_cfg: Initialization, as everywhere in MMEngine.
     """
@@ -256,12 +256,13 @@ class ReparamBackbone(BaseModule, ABC):
             For each stage ``i`` in ``out_indices`` a map ``(N, C_i, ceil(H / s), ceil(W / s))``, ``s = 4 * 2 ** i``,
             in the input's memory format.
         """
-        folds = self.fold_frozen and all(m.folds for m in tree_of(self) if isinstance(m, ReparamBlock))
-        if not (folds and runs_eagerly()):
+        folded = self.fold_frozen and all(m.runs_folded() for m in tree_of(self) if isinstance(m, ReparamBlock))
+        if not (folded and runs_eagerly()):
             return self._maps(x)
         if x.device.type == 'cpu':
-            # Convolutions are faster in this memory format. Not all that takes the maps knows it, mmcv's RoIAlign for
-            # one reads it as the other, so they leave in that of the input.
+            # Convolutions are faster in this memory format. Not with live statistics: the gradient of a strided 1x1
+            # branch on three channels overruns its memory in oneDNN 3.12. Not all that takes the maps knows the
+            # format, mmcv's RoIAlign for one reads it as the other, so they leave in that of the input.
             maps = self._maps(x.contiguous(memory_format=torch.channels_last))
             kept = x.is_contiguous(memory_format=torch.channels_last)
             return maps if kept else tuple(m.contiguous() for m in maps)

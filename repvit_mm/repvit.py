@@ -142,8 +142,8 @@ class RepViT(ReparamBackbone):
         frozen_stages: -1 freezes nothing, 0 the stem, k also the first k stages.
         with_cp: Recompute each block in the backward pass instead of keeping its maps.
         fold_frozen: Run each block whose statistics are frozen as the one convolution that it equals, recompute in the
-            backward pass what lies between the 1x1 convolutions, and compute in channels_last on a CPU. ``False`` runs
-            and keeps every branch, in the memory format of the input.
+            backward pass what lies between the 1x1 convolutions; if all are frozen, compute in channels_last on a CPU.
+            ``False`` runs and keeps every branch, in the memory format of the input.
         deploy: Build the network with its blocks already fused; it cannot be trained.
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0 at the first one.
         init_cfg: Initialization, e.g. ``dict(type='Pretrained', checkpoint=...)``; the authors' files load as they are.

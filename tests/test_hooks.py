@@ -256,12 +256,15 @@ class TestAveraged:
             parameter.data.mul_(torch.empty_like(parameter).uniform_(0.8, 1.2))
         return other
 
-    def test_average_is_exchanged_tensor_by_tensor(self, net, other, make_runner):
+    @pytest.mark.parametrize('fuse', [[FUSE], []], ids=['fused', 'unfused'])
+    def test_average_is_exchanged_tensor_by_tensor(self, net, other, make_runner, fuse):
+        """Under the kernels, too, that the unfused network keeps between passes."""
         expected, before = (make_runner(copy.deepcopy(network)).test() for network in (other, net))
         assert expected != pytest.approx(before, rel=1e-2)
-        runner = make_runner(net, dict(type='EMAHook'), FUSE, self.Average(other))
+        runner = make_runner(net, dict(type='EMAHook'), *fuse, self.Average(other))
+        assert all((block._kept is not None) for block in reparam_blocks(net)), 'the last test left them'
         assert runner.test() == pytest.approx(expected, rel=1e-4)
-        assert not reparam_blocks(net)
+        assert bool(reparam_blocks(net)) != bool(fuse)
         assert make_runner(net).test() == pytest.approx(before, rel=1e-4), 'and exchanged back'
 
     def test_average_that_is_not_fused_is_noticed(self, net, other, make_runner, monkeypatch):

@@ -49,6 +49,9 @@ REQUIREMENTS = (
     'pytest==9.2.0',
     'hypothesis',
     'safetensors',
+    # The benchmark's route through an exported graph.
+    'onnx',
+    'onnxruntime',
     'ruff==0.17.6',
 )
 # What is run to see that the environment works.
