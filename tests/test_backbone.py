@@ -48,7 +48,7 @@ def x() -> Tensor:
     return torch.randn(2, 3, 64, 96)
 
 
-LARGE = ('sa24', 'sa36', 'ma36')
+LARGE = ('m1_5', 'm2_3', 'sa24', 'sa36', 'ma36')
 ALL_GOLDENS = [
     pytest.param(golden, id=golden.name, marks=pytest.mark.slow if golden.arch in LARGE else ()) for golden in GOLDENS
 ]

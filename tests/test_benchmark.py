@@ -240,6 +240,7 @@ def test_backbone_from_the_command_line_without_mmcv(tmp_path):
     assert all(row['peak_bytes'] > 0 for row in rows[:3])
 
 
+@pytest.mark.slow
 def test_train_from_the_command_line(tmp_path):
     done = launch('train', 'm0_6', '--size', '64', '96', '--rounds', '2', '--out-dir', tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -270,7 +270,7 @@ class TestReading:
             (reach_for_more(getattr, HistoryBuffer, '__init__'), 'getattr of'),
             (reach_for_more(open, '{}', 'w'), 'open'),
         ],
-        ids=str,
+        ids=['system', 'eval', 'init', 'tofile', 'min', 'reach_getattr', 'reach_open'],
     )
     def test_file_that_runs_something_is_refused(self, tmp_path, reduced, named):
         def with_target(value):

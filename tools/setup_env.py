@@ -47,6 +47,7 @@ REQUIREMENTS = (
     'numpy>=2,<2.5',
     f'opencv-python=={OPENCV}',
     'pytest==9.2.0',
+    'pytest-xdist',
     'hypothesis',
     'safetensors',
     # The benchmark's route through an exported graph.
