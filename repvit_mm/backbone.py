@@ -256,8 +256,8 @@ class ReparamBackbone(BaseModule, ABC):
             For each stage ``i`` in ``out_indices`` a map ``(N, C_i, ceil(H / s), ceil(W / s))``, ``s = 4 * 2 ** i``,
             in the input's memory format.
         """
-        folded = self.fold_frozen and all(m.runs_folded() for m in tree_of(self) if isinstance(m, ReparamBlock))
-        if not (folded and runs_eagerly()):
+        learns = torch.is_grad_enabled()
+        if not (self.fold_frozen and runs_eagerly()) or (learns and not self._runs_folded()):
             return self._maps(x)
         if x.device.type == 'cpu':
             # Convolutions are faster in this memory format. Not with live statistics: the gradient of a strided 1x1
@@ -267,9 +267,11 @@ class ReparamBackbone(BaseModule, ABC):
             kept = x.is_contiguous(memory_format=torch.channels_last)
             return maps if kept else tuple(m.contiguous() for m in maps)
         # With checkpointing, a block's second run has to do what its first one did.
-        together = torch.is_grad_enabled() and not self.with_cp
-        with kernels_together(self) if together else nullcontext():
+        with kernels_together(self) if learns and not self.with_cp else nullcontext():
             return self._maps(x)
+
+    def _runs_folded(self) -> bool:
+        return all(module.runs_folded() for module in tree_of(self) if isinstance(module, ReparamBlock))
 
     def _maps(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self._run(self.stem, x)

@@ -44,8 +44,8 @@ def conv_after(
         The convolution's output and its input.
     """
     blocks = [module for module in (cheap, conv) if isinstance(module, ReparamBlock)]
-    folded = bool(blocks) and all(block.runs_folded() for block in blocks)
-    if not (folded and torch.is_grad_enabled() and runs_eagerly()):
+    recorded = blocks and torch.is_grad_enabled() and runs_eagerly()
+    if not (recorded and all(block.runs_folded() for block in blocks)):
         middle = cheap(x) if gate is None else gate(cheap(x))
         return conv(middle), middle
     recipe, kept = (cheap.convolve, (x, *cheap.kernel())) if cheap in blocks else (cheap, (x,))

@@ -128,7 +128,8 @@ def tree_of(module: nn.Module) -> list[nn.Module]:
     """A module and all below it. As ``modules()``, in a fraction of the time, which counts in every pass."""
     tree = [module]
     for parent in tree:
-        tree.extend(child for child in parent._modules.values() if child is not None)
+        if parent._modules:
+            tree.extend([child for child in parent._modules.values() if child is not None])
     return tree
 
 
