@@ -282,21 +282,28 @@ def draw_variants(path: Path, title: str, rows: Sequence[Mapping[str, Any]], top
     if known := {name: top1[name] for name in fused_parameters if name in top1}:
         panels.append(('published ImageNet top-1, %', known))
     figure, axes = new_figure(f'{title}, batch {batch}', len(panels))
+    routes = list(dict.fromkeys(row['route'] for row in rows))
+    families = list(dict.fromkeys(row['name'].partition(':')[0] for row in rows))
+    # Names of the first family stand left of its fastest route, those of others right of their slowest.
+    sides = [(min, (-6, 3), 'right')] + [(max, (6, -9), 'left')] * (len(families) - 1)
     for axis, (label, values) in zip(axes, panels, strict=True):
-        for route in dict.fromkeys(row['route'] for row in rows):
-            line = sorted(
-                (values[row['name']], row['ms']) for row in rows if row['route'] == route and row['name'] in values
-            )
-            heights, latencies = zip(*line, strict=True)
-            axis.plot(latencies, heights, 'k:' if route == 'roofline' else 'o-', markersize=4, label=route)
-        for name, value in values.items():
-            fastest = min(row['ms'] for row in rows if row['name'] == name and row['route'] != 'roofline')
-            axis.annotate(name.partition(':')[2], (fastest, value), (-4, 4), textcoords='offset points', ha='right')
+        for family, (extreme, offset, side), marker in zip(families, sides, 'os^D', strict=False):
+            own = [row for row in rows if row['name'].startswith(f'{family}:') and row['name'] in values]
+            for index, route in enumerate(routes):
+                line = sorted((values[row['name']], row['ms']) for row in own if row['route'] == route)
+                if line:
+                    heights, latencies = zip(*line, strict=True)
+                    style = dict(color='black', linestyle=':') if route == 'roofline' else dict(color=f'C{index}')
+                    axis.plot(latencies, heights, marker=marker, markersize=4, label=f'{family}, {route}', **style)
+            for name in dict.fromkeys(row['name'] for row in own):
+                place = extreme(row['ms'] for row in own if row['name'] == name), values[name]
+                axis.annotate(name.partition(':')[2], place, offset, textcoords='offset points', ha=side)
         axis.set(xlabel='median latency, ms', ylabel=label, xscale='log')
         for of_ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
             of_ticks('{x:g}')
         axis.tick_params(axis='x', which='both', labelrotation=45)
         axis.grid(alpha=0.3)
+        axis.margins(x=0.08)
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper')
     figure.savefig(path, dpi=120)
 
