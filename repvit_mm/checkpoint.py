@@ -18,9 +18,9 @@ from mmengine.dist import barrier, get_rank
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from .names import Naming
+from .compat.pytorch import WeakTensorKeyDictionary
+from .names import NAMINGS
 
 STATISTICS = ('min', 'max', 'current', 'mean')
 """The methods of a ``HistoryBuffer`` that MMEngine's checkpoints refer to."""
@@ -180,33 +180,6 @@ def tensors_of(checkpoint: Any) -> Mapping[str, Tensor]:
     return {}
 
 
-def find_backbone(checkpoint: Any, naming: Naming) -> tuple[dict[str, Tensor], int]:
-    """The backbone in a whole file: bare, in a container, in a detector, wrapped for running in parallel.
-
-    Args:
-        checkpoint: What the file holds.
-        naming: The names of the backbone's family.
-
-    Returns:
-        The backbone's tensors, and the number of the others.
-    """
-    tensors = tensors_of(checkpoint)
-    prefix = naming.prefix_of(tensors) or ''
-    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    return found, len(tensors) - len(found)
-
-
-def without_counters(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """The tensors' shapes by name, but for BatchNorm's batch counters, which old files lack and nothing needs."""
-    return {name: tensor.shape for name, tensor in tensors.items() if not name.endswith('num_batches_tracked')}
-
-
-def describe_misfit(missing: list[str], unexplained: list[str], reshaped: list[str]) -> str:
-    """What is wrong with tensors that fit no variant: each kind's number and first name."""
-    kinds = {'missing': missing, 'unexplained': unexplained, 'of another shape': reshaped}
-    return 'tensors ' + ', '.join(f'{kind}: {len(names)} ({names[0]})' for kind, names in kinds.items() if names)
-
-
 def trained_tap(checkpoint: Any) -> str | None:
     """The tap that a detector's or segmentor's checkpoint was trained with, if it tells."""
     meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
@@ -214,13 +187,15 @@ def trained_tap(checkpoint: Any) -> str | None:
     if isinstance(meta.get('tap'), str):  # a converted file says so
         return meta['tap']
     config = meta.get('cfg')
-    if isinstance(config, str) and "type='RepViT'" in config:
+    if isinstance(config, str) and 'repvit_mm' in config:
         match = re.search(r"\btap='(\w+)'", config)
         return match[1] if match else 'stage_end'
     names = [name.removeprefix('module.') for name in tensors_of(checkpoint)]
-    if any(name.startswith('backbone.features.') for name in names):
-        # The authors' detectors, and their segmentors, of the MMDetection 2.x era.
-        return 'pre_downsample' if any(name.startswith('rpn_head.') for name in names) else 'stage_end'
+    backbone = [name.removeprefix('backbone.') for name in names if name.startswith('backbone.')]
+    for naming in NAMINGS:
+        if naming.origin_of(backbone) == 'authors':
+            is_detector = any(name.startswith('rpn_head.') for name in names)
+            return naming.authors_detection_tap if is_detector else 'stage_end'
     return None
 
 

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .backbone import ReparamBackbone, refuse_unknown
-from .layers import GELU, ChannelLinear, ConvBN, LayerScale, NormLinear, StochasticDepth, add_residual
+from .backbone import ReparamBackbone
+from .layers import GELU, ChannelLinear, Conv1x1, ConvBN, LayerScale, NormLinear, StochasticDepth, add_residual
 from .names import FASTVIT_NAMES
-from .recompute import conv_after
 from .reparam import (
     Kernel,
     ReparamBlock,
@@ -139,7 +138,7 @@ class ConvFFN(nn.Module):
     def __init__(self, channels: int, hidden_channels: int, layer_scale: float, drop_path_rate: float) -> None:
         super().__init__()
         self.depthwise = ConvBN(channels, channels, 7, groups=channels)
-        self.expand = nn.Conv2d(channels, hidden_channels, 1)
+        self.expand = Conv1x1(channels, hidden_channels)
         self.act = GELU()
         self.project = LayerScale(nn.Conv2d(hidden_channels, channels, 1), channels, layer_scale)
         self.drop_path = StochasticDepth(drop_path_rate)
@@ -149,8 +148,7 @@ class ConvFFN(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden, _ = conv_after(self.depthwise, self.expand, x)
-        return add_residual(x, self.drop_path(conv_after(self.act, self.project, hidden)[0]))
+        return add_residual(x, self.drop_path(self.project(self.act(self.expand(self.depthwise(x))))))
 
 
 class Block(nn.Sequential):
@@ -230,8 +228,9 @@ class Stem(nn.Module):
         self.act3 = GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        x, _ = conv_after(self.act1, self.conv2, self.conv1(x))
-        return self.act3(conv_after(self.act2, self.conv3, x)[0])
+        x = self.act1(self.conv1(x))
+        x = self.act2(self.conv2(x))
+        return self.act3(self.conv3(x))
 
 
 class PatchEmbedding(nn.Module):
@@ -252,8 +251,8 @@ class PatchEmbedding(nn.Module):
         self.position = PositionEncoding(out_channels) if with_position else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x, _ = conv_after(self.spatial, self.channel, x)
-        return self.act(x) if self.position is None else conv_after(self.act, self.position, x)[0]
+        x = self.act(self.channel(self.spatial(x)))
+        return x if self.position is None else self.position(x)
 
 
 @MODELS.register_module()
@@ -267,49 +266,18 @@ class FastViT(ReparamBackbone):
         arch: ``t8 t12 s12 sa12 sa24 sa36 ma36``, or a dict with the fields of
             :class:`~repvit_mm.specs.FastViTSpec`.
         out_indices: Stages whose maps are returned, increasing, from 0 to 3.
-        tap: ``'stage_end'``, the map behind a stage's last block.
-        norm_eval: Keep all BatchNorm statistics frozen during training; weights and biases go on learning. Every
-            block then runs, and learns, as one convolution, unless ``fold_frozen=False``.
-        frozen_stages: -1 freezes nothing, 0 the stem, k also the first k stages; output norms go on learning.
-        with_cp: Recompute each block in the backward pass instead of keeping its maps.
-        fold_frozen: Run each block whose statistics are frozen as the one convolution that it equals, recompute in the
-            backward pass what lies between the 1x1 convolutions; if all are frozen, compute in channels_last on a CPU.
-            ``False`` runs and keeps every branch, in the memory format of the input.
-        deploy: Build the network with its blocks already fused; it cannot be trained.
-        drop_path_rate: Stochastic depth of the last block, growing linearly from 0 at the first one.
         out_norm: Put a BatchNorm behind each returned map, as the authors' dense code does. Classification weights
-            have none: it starts fresh. It is not fused.
-        init_cfg: Initialization, e.g. ``dict(type='Pretrained', checkpoint=...)``; the authors' files load as they are.
-
-    Raises:
-        ValueError: if a value is not valid; names the option and the nearest valid value.
-        TypeError: likewise for an option that does not exist.
+            have none: it starts fresh. It is not fused, and ``frozen_stages`` leaves it learning.
+        options: Those of :class:`~repvit_mm.backbone.ReparamBackbone`.
     """
 
     specs = FASTVIT_SPECS
     spec_type = FastViTSpec
     naming = FASTVIT_NAMES
-    optional: ClassVar = ('out_norms.',)
+    optional: ClassVar = {'out_norms.': 'it has output norms: set out_norm=True or take another file'}
 
-    def __init__(
-        self,
-        arch: str | Mapping[str, Any] = 'sa12',
-        out_indices: Sequence[int] = (0, 1, 2, 3),
-        tap: str = 'stage_end',
-        norm_eval: bool = False,
-        frozen_stages: int = -1,
-        with_cp: bool = False,
-        fold_frozen: bool = True,
-        deploy: bool = False,
-        drop_path_rate: float = 0.0,
-        out_norm: bool = False,
-        init_cfg: dict | list[dict] | None = None,
-        **unknown: Any,
-    ) -> None:
-        refuse_unknown(type(self), unknown)
-        super().__init__(
-            arch, out_indices, tap, drop_path_rate, norm_eval, frozen_stages, with_cp, fold_frozen, deploy, init_cfg
-        )
+    def __init__(self, arch: str | Mapping[str, Any] = 'sa12', *, out_norm: bool = False, **options: Any) -> None:
+        super().__init__(arch, **options)
         self.out_norm = out_norm
         if out_norm:
             norms = {str(index): nn.BatchNorm2d(self.spec.channels[index]) for index in self.out_indices}
@@ -335,15 +303,10 @@ class FastViT(ReparamBackbone):
     def _output(self, index: int, x: Tensor) -> Tensor:
         return self.out_norms[str(index)](x) if self.out_norm else x
 
-    def _options(self) -> dict[str, Any]:
-        return {**super()._options(), 'out_norm': self.out_norm}
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), 'out_norm': self.out_norm}
 
-    def _is_not_built(self, name: str) -> bool:
+    def is_not_built(self, name: str) -> bool:
         if self.out_norm and (match := re.match(r'out_norms\.([0-3])\.', name)):
             return match[1] not in self.out_norms
-        return super()._is_not_built(name)
-
-    def _advice(self, tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> str | None:
-        if not self.out_norm and any(name.startswith('out_norms.') for name in whole):
-            return 'it has output norms: set out_norm=True or take another file'
-        return super()._advice(tensors, whole)
+        return super().is_not_built(name)

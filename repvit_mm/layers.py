@@ -1,9 +1,12 @@
 """What the backbones are built from."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .reparam import Kernel, ReparamBlock, conv_kernel, fold_norm, fold_norm_before, runs_eagerly, scale_kernel
+from .compat.pytorch import gelu_
+from .recompute import convolve, recipe_of, recomputable, runs_eagerly
+from .reparam import Kernel, ReparamBlock, conv_kernel, fold_norm, fold_norm_before, scale_kernel
 
 
 class ConvBN(ReparamBlock):
@@ -39,15 +42,30 @@ class ConvBN(ReparamBlock):
         return fold_norm(conv_kernel(self.conv), self.bn)
 
 
-class GELU(nn.GELU):
-    """Exact GELU; where no gradient is recorded it overwrites its input, which must be nobody else's."""
+class Conv1x1(nn.Conv2d):
+    """1x1 convolution with bias that keeps the recipe of its input for the backward pass, where there is one.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if torch.is_grad_enabled() or not runs_eagerly() else torch.ops.aten.gelu_(x)
+        return super().forward(x) if recipe_of(x) is None else convolve(x, self.weight, self.bias, 1, 0, 1)
+
+
+class GELU(nn.GELU):
+    """Exact GELU; where no gradient is recorded it overwrites its input, which nothing else may use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return recomputable(F.gelu, x) if torch.is_grad_enabled() or not runs_eagerly() else gelu_(x)
 
 
 def add_residual(x: Tensor, branch: Tensor) -> Tensor:
-    """``x + branch``; where no gradient is recorded it overwrites ``branch``, which must be nobody else's."""
+    """``x + branch``; where no gradient is recorded it overwrites ``branch``, which nothing else may use."""
     overwrites = not torch.is_grad_enabled() and runs_eagerly() and branch.dtype is x.dtype
     return branch.add_(x) if overwrites else x + branch
 
@@ -71,7 +89,7 @@ class SqueezeExcite(nn.Module):
         return self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gate(x)
+        return recomputable(torch.mul, x, self.gate(x))
 
 
 class StochasticDepth(nn.Module):

@@ -28,12 +28,14 @@ class Naming:
         heads: First part of the names of classification heads, the authors' and timm's.
         table: All tensor names of a backbone, in any one convention -> the names of every module that holds tensors. A
             fused block is a module of its own where the others' code fuses it too.
+        authors_detection_tap: The tap of the authors' own detectors; their segmentors' is ``stage_end``.
     """
 
     marks: Mapping[str, str]
     first: str
     heads: tuple[str, ...]
     table: Callable[[Collection[str]], list[Names]]
+    authors_detection_tap: str = 'stage_end'
 
     def origin_of(self, names: Iterable[str]) -> str | None:
         """Whose names a backbone's tensors have: a key of ``WHOSE``; ``None`` if it is of another family."""
@@ -168,6 +170,7 @@ REPVIT_NAMES = Naming(
     first=r'features\.0\.0|stem\.conv1',
     heads=('classifier.', 'head.'),
     table=repvit_table,
+    authors_detection_tap='pre_downsample',
 )
 
 
@@ -262,3 +265,6 @@ FASTVIT_NAMES = Naming(
     heads=('conv_exp.', 'final_conv.', 'head.'),
     table=fastvit_table,
 )
+
+NAMINGS = (REPVIT_NAMES, FASTVIT_NAMES)
+"""Of all families."""

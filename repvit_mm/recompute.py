@@ -1,117 +1,209 @@
-"""Convolutions that do not keep their input for the backward pass where it is cheap to compute again.
+"""Maps that the backward pass computes again instead of keeping them.
 
-Between the 1x1 convolutions of a mobile block lie a depthwise convolution, a gate and an activation: their outputs fill
-as much memory as those of the 1x1 convolutions and take a fraction of their time. With frozen statistics each block is
-one convolution, so its input, recomputed from the input of what comes before it, is all that its backward pass needs.
+Between the 1x1 convolutions of a mobile block lie a depthwise convolution, a gate and an activation. Their outputs fill
+as much memory as those of the 1x1 convolutions and take a fraction of their time. So a module that is cheap to run
+leaves a :class:`Recipe` with its output. A convolution that reads the output and runs folded keeps the recipe for its
+backward pass, not the map. Modules are called as in any network, and hooks on them see every map.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, Protocol
+from collections.abc import Callable, MutableMapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
-from .reparam import ReparamBlock, conv_backward, conv_kernel, runs_eagerly
+from .compat.pytorch import WeakTensorKeyDictionary, conv_backward, version
 
-
-class Gate(Protocol):
-    """A module that multiplies a map ``(N, C, H, W)`` by a gate ``(N, C, 1, 1)`` of its own making."""
-
-    def gate(self, x: Tensor) -> Tensor:
-        """The gate for ``x``."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """``x * self.gate(x)``."""
+Function = Callable[..., Tensor]
 
 
-def conv_after(
-    cheap: nn.Module, conv: ReparamBlock | nn.Conv2d, x: Tensor, gate: Gate | None = None
-) -> tuple[Tensor, Tensor]:
-    """A convolution behind something cheap: ``conv(gate(cheap(x)))``.
+class Recipe(NamedTuple):
+    """How a map is computed again: ``function(*kept)``."""
 
-    Where gradients are recorded and blocks run folded, the backward pass recomputes the convolution's input from ``x``.
+    function: Function
+    kept: tuple[Tensor, ...]
+
+    def then(self, function: Function, *others: Tensor) -> 'Recipe':
+        """The recipe of ``function(x, *others)``, where this is the recipe of ``x``."""
+        first, count = self.function, len(self.kept)
+        return Recipe(
+            lambda *kept: function(first(*kept[:count]), *kept[count:]),
+            (*self.kept, *(tensor.detach() for tensor in others)),
+        )
+
+    def shared(self) -> 'Recipe':
+        """The same recipe for two users, the second of which gets what was computed for the first."""
+        return Recipe(_TwiceUsed(self.function), self.kept)
+
+
+class _TwiceUsed:
+    """A function whose result is kept from one call to the next, and not to the one after that."""
+
+    def __init__(self, function: Function) -> None:
+        self.function = function
+        self.result: Tensor | None = None
+
+    def __call__(self, *kept: Tensor) -> Tensor:
+        if self.result is None:
+            self.result = self.function(*kept)
+            return self.result
+        result, self.result = self.result, None
+        return result
+
+
+class _Left(NamedTuple):
+    """A recipe and the version of the map that it was left with."""
+
+    recipe: Recipe
+    version: int
+
+
+# Not an attribute of the maps: it would be pickled with them.
+_RECIPES: MutableMapping[Tensor, _Left] = WeakTensorKeyDictionary()
+
+
+def recipe_of(x: Tensor) -> Recipe | None:
+    """The recipe that was left with a map, unless the map has been changed since."""
+    left = _RECIPES.get(x)
+    return left.recipe if left is not None and left.version == version(x) else None
+
+
+def leave(x: Tensor, recipe: Recipe) -> Tensor:
+    """Leave a recipe with the map ``x``, which is returned."""
+    _RECIPES[x] = _Left(recipe, version(x))
+    return x
+
+
+def runs_eagerly() -> bool:
+    """Whether operations run one by one as they are called, and are not being compiled, traced or exported."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting())
+
+
+def records_eagerly() -> bool:
+    """Whether autograd records operations as they are called."""
+    return torch.is_grad_enabled() and runs_eagerly()
+
+
+def recomputable(function: Function, x: Tensor, *others: Tensor) -> Tensor:
+    """``function(x, *others)``, something cheap, which leaves the recipe of its output.
+
+    If ``x`` comes with a recipe, that is kept for the backward pass in its place.
 
     Args:
-        cheap: An activation without parameters, or a :class:`~repvit_mm.reparam.ReparamBlock`, a depthwise one say.
-        conv: What follows; square stride and padding, no dilation.
-        x: Input of ``cheap``, ``(N, C, H, W)``.
-        gate: Squeeze-and-excitation between the two.
-
-    Returns:
-        The convolution's output and its input.
+        function: A pure function; autograd keeps ``x`` for it, as for a product or a GELU.
+        x: A map.
+        others: Further tensors, which are kept.
     """
-    blocks = [module for module in (cheap, conv) if isinstance(module, ReparamBlock)]
-    recorded = blocks and torch.is_grad_enabled() and runs_eagerly()
-    if not (recorded and all(block.runs_folded() for block in blocks)):
-        middle = cheap(x) if gate is None else gate(cheap(x))
-        return conv(middle), middle
-    recipe, kept = (cheap.convolve, (x, *cheap.kernel())) if cheap in blocks else (cheap, (x,))
-    middle = recipe(*kept)
-    scale = None if gate is None else gate.gate(middle)
-    if conv in blocks:
-        kernel, options = conv.kernel(), (conv.stride, conv.padding, conv.groups)
-    else:
-        kernel, options = conv_kernel(conv), (conv.stride[0], conv.padding[0], conv.groups)
-    output, scaled = _ConvOfRecomputed.apply(options, recipe, middle, scale, *kernel, *kept)
-    return output, middle if scaled is None else scaled
+    if not records_eagerly():
+        return function(x, *others)
+    recipe = recipe_of(x)
+    if recipe is None:
+        return leave(function(x, *others), Recipe(lambda x: x, (x.detach(),)).then(function, *others))
+    recipe = recipe.shared()
+    return leave(_Recomputed.apply(function, recipe, x, *others), recipe.then(function, *others))
 
 
-class _ConvOfRecomputed(torch.autograd.Function):
-    """``conv(middle * scale)`` and its input; ``middle = recipe(*kept)`` is not kept but computed twice.
-
-    The gradients for ``kept`` reach them through ``middle``, which autograd knows how to differentiate.
-    """
+class _Recomputed(torch.autograd.Function):
+    """A cheap function that runs again in the backward pass, on what its first input's recipe gives."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        options: tuple[int, int, int],
-        recipe: Callable[..., Tensor],
-        middle: Tensor,
-        scale: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        *kept: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
-        device = middle.device.type
-        ctx.autocast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-        ctx.options, ctx.recipe = options, recipe
-        ctx.save_for_backward(scale, weight, *kept)
-        ctx.set_materialize_grads(False)
-        stride, padding, groups = options
-        scaled = None if scale is None else middle * scale
-        # Rounded to half precision, a bias would be off by the same amount at every place.
-        output = F.conv2d(
-            middle if scaled is None else scaled,
-            weight,
-            bias if ctx.autocast is None else None,
-            stride,
-            padding,
-            1,
-            groups,
-        )
-        return output if ctx.autocast is None else output.add_(bias.view(-1, 1, 1)), scaled
+    def forward(ctx: Any, function: Function, recipe: Recipe, x: Tensor, *others: Tensor) -> Tensor:
+        ctx.function, ctx.recipe = function, recipe.function
+        ctx.others = len(others)
+        ctx.save_for_backward(*others, *recipe.kept)
+        return function(x, *others)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor | None, grad_scaled: Tensor | None) -> tuple[Tensor | None, ...]:
-        scale, weight, *kept = ctx.saved_tensors
-        needs_middle, needs_scale, *needs_kernel = ctx.needs_input_grad[2:6]
-        autocast = nullcontext() if ctx.autocast is None else torch.autocast(*ctx.autocast)
-        # Without gradients an activation would overwrite what is kept.
-        with autocast, torch.enable_grad():
-            middle = ctx.recipe(*(tensor.detach() for tensor in kept))
-        scaled = middle if scale is None else middle * scale
-        grad_kernel: tuple[Tensor | None, Tensor | None] = (None, None)
-        if grad_output is not None:
-            dtype = grad_output.dtype
-            needed = (needs_middle or needs_scale, *needs_kernel)
-            through, *grad_kernel = conv_backward(grad_output, scaled.to(dtype), weight.to(dtype), *ctx.options, needed)
-            grad_scaled = through if grad_scaled is None else through.add_(grad_scaled)
-        if scale is None or grad_scaled is None:
-            return None, None, grad_scaled, None, *grad_kernel, *(None for _ in kept)
-        grad_scale = (grad_scaled * middle).sum((2, 3), keepdim=True)
-        return None, None, grad_scaled * scale, grad_scale, *grad_kernel, *(None for _ in kept)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        others, kept = saved[: ctx.others], saved[ctx.others :]
+        needed = ctx.needs_input_grad[2:]
+        inputs = [tensor.detach() for tensor in (ctx.recipe(*kept), *others)]
+        for tensor, learns in zip(inputs, needed, strict=True):
+            tensor.requires_grad_(learns)
+        # What is saved here is used at once: hooks that move saved tensors to the CPU, say, need not see it.
+        with torch.enable_grad(), saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+            output = ctx.function(*inputs)
+        grads = iter(torch.autograd.grad(output, [tensor for tensor in inputs if tensor.requires_grad], grad))
+        return None, None, *(next(grads) if learns else None for learns in needed)
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, groups: int, recomputes: bool = True
+) -> Tensor:
+    """A convolution that keeps the recipe of its input, where there is one, and if it is grouped leaves its own.
+
+    Under autocast its bias is added in float32, and a grouped one computes in float32: a bias, or the identity in a
+    kernel, is off by the same amount at every place if it is rounded, which gradients add up.
+
+    Args:
+        x: Map ``(N, C_in, H, W)``.
+        weight: Kernel ``(C_out, C_in / groups, kH, kW)``.
+        bias: ``(C_out,)``.
+        stride: Stride.
+        padding: Zero padding.
+        groups: Groups.
+        recomputes: ``False`` keeps the input and leaves no recipe.
+    """
+    options = stride, padding, groups
+    recomputes = recomputes and records_eagerly()
+    mixed = torch.is_autocast_enabled(x.device.type)
+    recipe = recipe_of(x) if recomputes else None
+    # A grouped convolution is cheap, so it runs again for whoever reads its output.
+    leaves = recomputes and groups > 1
+    if recipe is not None and leaves:
+        recipe = recipe.shared()
+    if recipe is not None or (mixed and torch.is_grad_enabled()):
+        y = _Convolution.apply(options, recipe, x, weight, bias)
+    else:
+        y = F.conv2d(x, weight, bias, stride, padding, 1, groups)
+    if leaves:
+        whole = _forward_of(x, options)
+        source = Recipe(lambda x: x, (x.detach(),)) if recipe is None else recipe
+        leave(y, source.then(whole, weight, bias))
+    return y
+
+
+def _forward_of(x: Tensor, options: tuple[int, int, int]) -> Function:
+    """The convolution under the autocast that is on now, as a function of input, weight and bias."""
+    stride, padding, groups = options
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        with torch.autocast(device, enabled=False):
+            if dtype is None:
+                return F.conv2d(x, weight, bias, stride, padding, 1, groups)
+            if groups > 1:
+                return F.conv2d(x.float(), weight.float(), bias.float(), stride, padding, 1, groups).to(dtype)
+            y = F.conv2d(x.to(dtype), weight.to(dtype), None, stride, padding)
+            return y.add_(bias.view(-1, 1, 1))
+
+    return forward
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution that keeps its input, or the recipe of it; under autocast in the precision that gradients need."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, options: tuple[int, int, int], recipe: Recipe | None, x: Tensor, weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        ctx.options = options
+        ctx.recipe = None if recipe is None else recipe.function
+        ctx.save_for_backward(weight, *((x,) if recipe is None else recipe.kept))
+        return _forward_of(x, options)(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *kept = ctx.saved_tensors
+        x = kept[0] if ctx.recipe is None else ctx.recipe(*kept)
+        # Grouped convolutions run in the precision of their parameters.
+        dtype = weight.dtype if ctx.options[2] > 1 else grad.dtype
+        grads = conv_backward(grad.to(dtype), x.to(dtype), weight.to(dtype), *ctx.options, ctx.needs_input_grad[2:])
+        return None, None, *grads

@@ -11,15 +11,18 @@ its equivalent kernel as a differentiable function of its own parameters. Three 
 import copy
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from .compat.pytorch import tensors_of, tree_of, version
+from .recompute import convolve, runs_eagerly
 
 
 class Kernel(NamedTuple):
@@ -119,20 +122,6 @@ def fold_norm_before(norm: _BatchNorm, kernel: Kernel) -> Kernel:
     return Kernel(kernel.weight * scale[..., None, :, None, None], bias)
 
 
-def runs_eagerly() -> bool:
-    """Whether operations run one by one as they are called, and are not being compiled, traced or exported."""
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting())
-
-
-def tree_of(module: nn.Module) -> list[nn.Module]:
-    """A module and all below it. As ``modules()``, in a fraction of the time, which counts in every pass."""
-    tree = [module]
-    for parent in tree:
-        if parent._modules:
-            tree.extend([child for child in parent._modules.values() if child is not None])
-    return tree
-
-
 class KeptKernel:
     """A kernel and the state of the tensors that it was computed from.
 
@@ -144,14 +133,14 @@ class KeptKernel:
     def __init__(self, kernel: Kernel, tensors: list[Tensor]) -> None:
         self.kernel = kernel
         self.tensors = tensors
-        self.versions = [tensor._version for tensor in tensors]
+        self.versions = [version(tensor) for tensor in tensors]
 
     def is_of(self, tensors: list[Tensor]) -> bool:
         """Whether these are the very tensors, unchanged as far as their version counters tell."""
         return (
             len(tensors) == len(self.tensors)
             and all(map(operator.is_, tensors, self.tensors))
-            and [tensor._version for tensor in tensors] == self.versions
+            and [version(tensor) for tensor in tensors] == self.versions
         )
 
 
@@ -169,6 +158,8 @@ class ReparamBlock(nn.Module, ABC):
 
     folds = True
     """Whether frozen statistics make the block run as one convolution; see :func:`plain_formulation`."""
+    recomputes = True
+    """Whether the one convolution takes part in what :mod:`~repvit_mm.recompute` does."""
 
     def __init__(self, stride: int, padding: int, groups: int) -> None:
         super().__init__()
@@ -210,12 +201,7 @@ class ReparamBlock(nn.Module, ABC):
             return self._shared
         if not runs_eagerly():
             return self.equivalent_kernel()
-        tensors = [
-            tensor
-            for module in tree_of(self)
-            for tensor in (*module._parameters.values(), *module._buffers.values())
-            if tensor is not None
-        ]
+        tensors = list(tensors_of(self))
         learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         if learns or any(tensor.is_inference() for tensor in tensors):  # the latter have no version counters
             self._kept = None
@@ -227,15 +213,9 @@ class ReparamBlock(nn.Module, ABC):
         return self._kept.kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.convolve(x, *self.kernel()) if self.runs_folded() else self.branches(x)
-
-    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """The equivalent convolution with the given kernel, ``(N, C_in, H, W)`` to ``(N, C_out, H', W')``."""
-        options = self.stride, self.padding, self.groups
-        if self.groups > 1 and torch.is_grad_enabled() and torch.is_autocast_enabled(x.device.type):
-            return _ConvInFloat32.apply(x, weight, bias, *options)
-        stride, padding, groups = options
-        return F.conv2d(x, weight, bias, stride, padding, groups=groups)
+        if not self.runs_folded():
+            return self.branches(x)
+        return convolve(x, *self.kernel(), self.stride, self.padding, self.groups, recomputes=self.recomputes)
 
     def train(self, mode: bool = True) -> 'ReparamBlock':
         self._kept = None
@@ -277,39 +257,6 @@ class ReparamBlock(nn.Module, ABC):
         return conv.train(self.training).requires_grad_(like.requires_grad)
 
 
-class _ConvInFloat32(torch.autograd.Function):
-    """A grouped convolution under autocast that is computed in float32; its input is kept in the dtype that it has.
-
-    The identity branch is exact in half precision; as a 1 in a rounded kernel it would not be.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, groups: int) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.options = stride, padding, groups
-        device = x.device.type
-        with torch.autocast(device, enabled=False):
-            y = F.conv2d(x.float(), weight.float(), bias.float(), stride, padding, groups=groups)
-        return y.to(torch.get_autocast_dtype(device))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grads = conv_backward(grad.float(), x.float(), weight.float(), *ctx.options, ctx.needs_input_grad[:3])
-        return *grads, None, None, None
-
-
-def conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, groups: int, needed: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of a convolution's input, weight and bias, those that are ``needed``."""
-    bias_shape, strides, paddings = [len(weight)], [stride, stride], [padding, padding]
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, bias_shape, strides, paddings, [1, 1], False, [0, 0], groups, needed
-    )
-
-
 def reparam_blocks(model: nn.Module) -> list[ReparamBlock]:
     """The outermost re-parameterizable blocks of a module tree: the ones that deploying replaces."""
     if isinstance(model, ReparamBlock):
@@ -335,35 +282,22 @@ def switch_to_deploy(model: nn.Module, blocks: Collection[ReparamBlock] | None =
     """
     # Every kernel is computed before the first block is replaced; a block used in two places stays one convolution.
     convs = {block: block.to_conv() for block in (reparam_blocks(model) if blocks is None else blocks)}
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # named_children() names a module of two names only once
-            if child in convs:
-                setattr(parent, name, convs[child])
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if path and module in convs:
+            parent, _, name = path.rpartition('.')
+            setattr(model.get_submodule(parent), name, convs[module])
     return convs.get(model, model)
 
 
-def stack(modules: Sequence[nn.Module]) -> nn.Module:
-    """A module like each of ``modules``, its floating-point tensors stacks of theirs along a new first dimension."""
+class _KernelOf(nn.Module):
+    """A block's equivalent kernel as a module's output, which is what ``functional_call`` calls."""
 
-    def tensors(kind: str) -> dict[str, Tensor | None]:
-        columns = {name: [getattr(module, kind)[name] for module in modules] for name in getattr(first, kind)}
-        return {
-            name: torch.stack(column) if column[0] is not None and column[0].is_floating_point() else None
-            for name, column in columns.items()
-        }
+    def __init__(self, block: ReparamBlock) -> None:
+        super().__init__()
+        self.block = block
 
-    first = modules[0]
-    stacked = type(first).__new__(type(first))
-    stacked.__dict__.update(first.__dict__)
-    stacked.__dict__.update(
-        _parameters=tensors('_parameters'),
-        _buffers=tensors('_buffers'),
-        _modules={
-            name: child if child is None else stack([module._modules[name] for module in modules])
-            for name, child in first._modules.items()
-        },
-    )
-    return stacked
+    def forward(self) -> Kernel:
+        return self.block.equivalent_kernel()
 
 
 def equivalent_kernels(blocks: Iterable[ReparamBlock]) -> dict[ReparamBlock, Kernel]:
@@ -374,15 +308,18 @@ def equivalent_kernels(blocks: Iterable[ReparamBlock]) -> dict[ReparamBlock, Ker
     """
     alike: dict[Any, list[ReparamBlock]] = {}
     for block in blocks:
-        kind = tuple(
-            (type(module), getattr(module, 'eps', None), tensor is None or (tensor.shape, tensor.dtype, tensor.device))
-            for module in tree_of(block)
-            for tensor in (*module._parameters.values(), *module._buffers.values(), None)
-        )
-        alike.setdefault(kind, []).append(block)
+        modules = tuple((type(module), getattr(module, 'eps', None)) for module in tree_of(block))
+        tensors = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors_of(block))
+        alike.setdefault((modules, tensors), []).append(block)
     kernels = {}
     for group in alike.values():
-        weights, biases = stack(group).equivalent_kernel()
+        columns: dict[str, list[Tensor]] = {}
+        for block in group:
+            for name, tensor in (*block.named_parameters(), *block.named_buffers()):
+                if tensor.is_floating_point():
+                    columns.setdefault(f'block.{name}', []).append(tensor)
+        stacks = {name: torch.stack(column) for name, column in columns.items()}
+        weights, biases = functional_call(_KernelOf(group[0]), stacks, ())
         kernels.update(zip(group, map(Kernel, weights.unbind(), biases.unbind()), strict=True))
     return kernels
 

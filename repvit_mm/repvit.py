@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .backbone import ReparamBackbone, refuse_unknown
+from .backbone import ReparamBackbone
 from .layers import GELU, ConvBN, SqueezeExcite, StochasticDepth, add_residual
 from .names import REPVIT_NAMES
-from .recompute import conv_after
 from .reparam import Kernel, ReparamBlock, add_kernels, conv_kernel, fold_norm, identity_kernel
 from .specs import REPVIT_SPECS, RepViTSpec
 
@@ -28,7 +27,7 @@ class Stem(nn.Module):
         self.conv2 = ConvBN(out_channels // 2, out_channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv_after(self.act, self.conv2, self.conv1(x))[0]
+        return self.conv2(self.act(self.conv1(x)))
 
 
 class TokenMixer(ReparamBlock):
@@ -77,11 +76,7 @@ class ChannelMixer(nn.Module):
         self.drop_path = StochasticDepth(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.after_expand(x, self.expand(x))
-
-    def after_expand(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """The mixer's output for its input ``x`` and ``hidden = expand(x)``."""
-        return add_residual(x, self.drop_path(conv_after(self.act, self.project, hidden)[0]))
+        return add_residual(x, self.drop_path(self.project(self.act(self.expand(x)))))
 
 
 class Block(nn.Module):
@@ -102,8 +97,10 @@ class Block(nn.Module):
         self.channel_mixer = ChannelMixer(channels, drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden, x = conv_after(self.token_mixer, self.channel_mixer.expand, x, self.se)
-        return self.channel_mixer.after_expand(x, hidden)
+        x = self.token_mixer(x)
+        if self.se is not None:
+            x = self.se(x)
+        return self.channel_mixer(x)
 
 
 class Downsample(nn.Module):
@@ -122,7 +119,7 @@ class Downsample(nn.Module):
         self.channel_mixer = ChannelMixer(out_channels, drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.channel_mixer(conv_after(self.spatial, self.channel, x)[0])
+        return self.channel_mixer(self.channel(self.spatial(x)))
 
 
 @MODELS.register_module()
@@ -134,23 +131,9 @@ class RepViT(ReparamBackbone):
     Args:
         arch: ``m0_6 m0_9 m1_0 m1_1 m1_5 m2_3``, arXiv v1's ``m1 m2 m3``, or a dict with the fields of
             :class:`~repvit_mm.specs.RepViTSpec`.
-        out_indices: Stages whose maps are returned, increasing, from 0 to 3.
-        tap: ``'stage_end'`` takes the map behind a stage's last block, as the authors' ADE20K models do;
-            ``'pre_downsample'`` the one before it in stages 0 to 2, as their COCO models do.
-        norm_eval: Keep all BatchNorm statistics frozen during training; weights and biases go on learning. Every
-            block then runs, and learns, as one convolution, unless ``fold_frozen=False``.
-        frozen_stages: -1 freezes nothing, 0 the stem, k also the first k stages.
-        with_cp: Recompute each block in the backward pass instead of keeping its maps.
-        fold_frozen: Run each block whose statistics are frozen as the one convolution that it equals, recompute in the
-            backward pass what lies between the 1x1 convolutions; if all are frozen, compute in channels_last on a CPU.
-            ``False`` runs and keeps every branch, in the memory format of the input.
-        deploy: Build the network with its blocks already fused; it cannot be trained.
-        drop_path_rate: Stochastic depth of the last block, growing linearly from 0 at the first one.
-        init_cfg: Initialization, e.g. ``dict(type='Pretrained', checkpoint=...)``; the authors' files load as they are.
-
-    Raises:
-        ValueError: if a value is not valid; names the option and the nearest valid value.
-        TypeError: likewise for an option that does not exist.
+        options: Those of :class:`~repvit_mm.backbone.ReparamBackbone`. ``tap='stage_end'`` takes the map behind a
+            stage's last block, as the authors' ADE20K models do; ``'pre_downsample'`` the one before it in stages 0 to
+            2, as their COCO models do.
     """
 
     specs = REPVIT_SPECS
@@ -158,24 +141,8 @@ class RepViT(ReparamBackbone):
     naming = REPVIT_NAMES
     taps: ClassVar = {'stage_end': 0, 'pre_downsample': 1}
 
-    def __init__(
-        self,
-        arch: str | Mapping[str, Any] = 'm1_1',
-        out_indices: Sequence[int] = (0, 1, 2, 3),
-        tap: str = 'stage_end',
-        norm_eval: bool = False,
-        frozen_stages: int = -1,
-        with_cp: bool = False,
-        fold_frozen: bool = True,
-        deploy: bool = False,
-        drop_path_rate: float = 0.0,
-        init_cfg: dict | list[dict] | None = None,
-        **unknown: Any,
-    ) -> None:
-        refuse_unknown(type(self), unknown)
-        super().__init__(
-            arch, out_indices, tap, drop_path_rate, norm_eval, frozen_stages, with_cp, fold_frozen, deploy, init_cfg
-        )
+    def __init__(self, arch: str | Mapping[str, Any] = 'm1_1', **options: Any) -> None:
+        super().__init__(arch, **options)
 
     def _make_stem(self) -> nn.Module:
         return Stem(self.spec.channels[0])

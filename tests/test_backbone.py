@@ -1,7 +1,6 @@
 """What every backbone of the package must do. A further one joins by its rows in ``helpers.py``."""
 
 import copy
-import inspect
 import io
 import itertools
 import math
@@ -21,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from repvit_mm import FastViT, RepViT, switch_to_deploy
-from repvit_mm.backbone import ReparamBackbone
+from repvit_mm.backbone import ReparamBackbone, options_of
 from repvit_mm.checkpoint import CheckpointError
 from repvit_mm.layers import StochasticDepth
 from repvit_mm.reparam import ReparamBlock, kernels_together, plain_formulation, reparam_blocks
@@ -607,7 +606,7 @@ class TestArguments:
 
     def test_options_and_defaults(self):
         for cls in {cls for cls, _ in SMALL.values()}:
-            defaults = {name: option.default for name, option in inspect.signature(cls).parameters.items()}
+            defaults = {name: option.default for name, option in options_of(cls).items()}
             assert {
                 'out_indices': (0, 1, 2, 3),
                 'tap': 'stage_end',
@@ -615,6 +614,8 @@ class TestArguments:
                 'frozen_stages': -1,
                 'with_cp': False,
                 'fold_frozen': True,
+                'recompute': True,
+                'channels_last': True,
                 'deploy': False,
                 'drop_path_rate': 0.0,
                 'init_cfg': None,

@@ -10,9 +10,10 @@ from helpers import randomize, relative_error
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import repvit_mm.recompute
 from repvit_mm.layers import GELU, ConvBN, LayerScale, SqueezeExcite
-from repvit_mm.recompute import conv_after
-from repvit_mm.reparam import plain_formulation
+from repvit_mm.recompute import Recipe
+from repvit_mm.reparam import ReparamBlock, plain_formulation
 from repvit_mm.repvit import TokenMixer
 
 TOLERANCE = 1e-9
@@ -43,7 +44,10 @@ class Chain(nn.Module):
         self.gate = SqueezeExcite(CHANNELS, 8) if gate else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return conv_after(self.cheap, self.conv, self.first(x), self.gate)
+        middle = self.cheap(self.first(x))
+        if self.gate is not None:
+            middle = self.gate(middle)
+        return self.conv(middle), middle
 
 
 @pytest.fixture(params=CHEAP)
@@ -114,23 +118,15 @@ def test_same_gradients_with_a_part_frozen(chain, x, frozen):
     assert gradient_error(chain, x, LOSSES['both']) < TOLERANCE
 
 
-def test_gradient_check_notices_a_wrong_second_run(chain, x):
+def test_gradient_check_notices_a_wrong_recipe(chain, x, monkeypatch):
     """Twin of the check above: what is computed again is not what was computed before."""
-    cls, run = type(chain.cheap), 'forward' if isinstance(chain.cheap, GELU) else 'convolve'
-    original, in_backward = getattr(cls, run), []
+    right = repvit_mm.recompute.leave
 
-    def wrong(self, *args: Tensor) -> Tensor:
-        return original(self, *args) * (1.01 if in_backward else 1)
+    def wrong(x: Tensor, recipe: Recipe) -> Tensor:
+        return right(x, Recipe(lambda *kept: recipe.function(*kept) * 1.01, recipe.kept))
 
-    chain.first.register_full_backward_pre_hook(lambda module, grad: in_backward.clear())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cls, run, wrong)
-
-        def loss(output: Tensor, middle: Tensor) -> Tensor:
-            in_backward.append(True)
-            return output.square().sum()
-
-        assert gradient_error(chain, x, loss) > 1e-4
+    monkeypatch.setattr(repvit_mm.recompute, 'leave', wrong)
+    assert gradient_error(chain, x, LOSSES['output']) > 1e-4
 
 
 @contextmanager
@@ -175,24 +171,61 @@ def test_kept_map_that_was_overwritten_is_noticed():
     """As autograd notices it everywhere else."""
     chain = Chain('gelu', '1x1', gate=False).eval()
     x = chain.first(torch.randn(2, 3, 5, 5))
-    output, _ = conv_after(chain.cheap, chain.conv, x)
+    output = chain.conv(chain.cheap(x))
     with torch.no_grad():
         x.add_(1)
     with pytest.raises(RuntimeError, match='modified by an inplace operation'):
         output.sum().backward()
 
 
-def test_live_statistics_and_no_gradients_run_the_modules(chain, x):
-    calls = []
-    chain.conv.register_forward_hook(lambda *args: calls.append(1))
-    chain(x)
-    assert not calls
-    with torch.no_grad():
-        chain(x)
-    assert len(calls) == 1
-    chain.train()
-    chain(x)
-    assert len(calls) == 1 + any(isinstance(module, nn.BatchNorm2d) for module in chain.modules())
+def test_map_that_was_changed_on_its_way_is_not_computed_again(chain, x):
+    """By a hook, say: the recipe no longer says what the map is."""
+    for change in (lambda module, args, y: y.mul_(2), lambda module, args, y: y * 2):
+        hook = (chain.gate or chain.cheap).register_forward_hook(change)
+        assert gradient_error(chain, x, LOSSES['both']) < TOLERANCE
+        hook.remove()
+
+
+def test_every_module_is_called_in_every_mode(chain, x):
+    called = []
+    for module in (chain.cheap, chain.gate, chain.conv):
+        if module is not None:
+            module.register_forward_hook(lambda module, args, y: called.append(module))
+    modules = [module for module in (chain.cheap, chain.gate, chain.conv) if module is not None]
+    for training in (False, True):
+        for learns in (False, True):
+            called.clear()
+            with torch.set_grad_enabled(learns):
+                chain.train(training)(x)
+            assert called == modules
+
+
+def test_backward_may_run_twice(chain, x):
+    """What two readers of a recipe share is there for both, in each pass."""
+    output, middle = chain(x)
+    parameters = list(chain.parameters())
+    loss = LOSSES['both'](output, middle)
+    first, second = (torch.autograd.grad(loss, parameters, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_second_derivatives_need_it_switched_off(chain, x):
+    def penalty() -> Tensor:
+        images = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(chain(images)[0].pow(3).sum(), images, create_graph=True)
+        return gradient.square().sum()
+
+    with plain_formulation(chain):
+        expected = torch.autograd.grad(penalty(), list(chain.parameters()), allow_unused=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        penalty().backward()
+    for module in chain.modules():
+        if isinstance(module, ReparamBlock):
+            module.recomputes = False
+    actual = torch.autograd.grad(penalty(), list(chain.parameters()), allow_unused=True)
+    compared = [(a, e) for a, e in zip(actual, expected, strict=True) if e is not None and e.norm() > 0]
+    assert len(compared) >= 4
+    assert max(relative_error(a, e) for a, e in compared) < TOLERANCE
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)

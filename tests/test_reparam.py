@@ -549,22 +549,24 @@ class TestManyKernels:
         with plain_formulation(block):
             expected = gradients(learning, x)
         with kernels_together(learning):
-            count = len(folds)
+            folds.clear()
             actual = gradients(learning, x)
-            assert len(folds) == count
+            assert not folds
         assert max(relative_error(actual[name], gradient) for name, gradient in expected.items()) < TOLERANCE
         block(x)
-        assert len(folds) == count + 1
+        assert len(folds) == 1
         with pytest.raises(KeyError), kernels_together(learning):
+            folds.clear()
             raise KeyError
         block(x)
-        assert len(folds) == count + 2
+        assert len(folds) == 1
 
     def test_live_and_frozen_blocks_are_left_alone(self, block, x, folds):
         block.train()
         with kernels_together(block):
             block(x)
         block.eval().requires_grad_(False)
+        folds.clear()
         with kernels_together(block):
             block(x)
             block(x)

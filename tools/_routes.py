@@ -75,7 +75,7 @@ def without_shortcuts(network: ReparamBackbone, images: Tensor) -> Route:
     Nothing is overwritten where gradients are on, which they are here, for a network that has none to record.
     """
     network.requires_grad_(False)
-    network.fold_frozen = False
+    network.channels_last = False
     return Route(torch.enable_grad()(lambda: network(images)), network)
 
 

@@ -1,0 +1,294 @@
+"""Fitting a checkpoint to a backbone: recognize what it holds, fit it to the network, report in one line."""
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor
+
+from .checkpoint import CheckpointError, Source, source_of, tensors_of
+from .names import WHOSE, Naming
+from .reparam import reparam_blocks, switch_to_deploy
+
+if TYPE_CHECKING:
+    from .backbone import ReparamBackbone
+
+FAMILIES: list[type['ReparamBackbone']] = []
+"""The classes of backbones that there are; each joins as it is defined."""
+
+Shapes = Mapping[str, torch.Size]
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """The tensors' shapes by name, but for BatchNorm's batch counters, which old files lack and nothing needs."""
+    return {name: tensor.shape for name, tensor in tensors.items() if not name.endswith('num_batches_tracked')}
+
+
+def misfit(given: Shapes, wanted: Shapes) -> str | None:
+    """How given tensors differ from those that are wanted: each kind's number and first name; ``None`` if not."""
+    kinds = {
+        'missing': [name for name in wanted if name not in given],
+        'unexplained': [name for name in given if name not in wanted],
+        'of another shape': [name for name in wanted if name in given and given[name] != wanted[name]],
+    }
+    found = ', '.join(f'{kind}: {len(names)} ({names[0]})' for kind, names in kinds.items() if names)
+    return f'tensors {found}' if found else None
+
+
+def find_backbone(checkpoint: Any, naming: Naming) -> tuple[dict[str, Tensor], int]:
+    """The backbone in a whole file: bare, in a container, in a detector, wrapped for running in parallel.
+
+    Args:
+        checkpoint: What the file holds.
+        naming: The names of the backbone's family.
+
+    Returns:
+        The backbone's tensors, and the number of the others.
+    """
+    tensors = tensors_of(checkpoint)
+    prefix = naming.prefix_of(tensors) or ''
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return found, len(tensors) - len(found)
+
+
+# ---------------------------------------------------------------------------------------------------- fused or not
+
+
+def fused_blocks(names: Collection[str], blocks: Collection[str]) -> frozenset[str]:
+    """Those of a network's outermost re-parameterizable blocks that tensor names hold as one convolution."""
+    return frozenset(block for block in blocks if f'{block}.weight' in names)
+
+
+def block_of(name: str, blocks: Collection[str]) -> str | None:
+    """The block that a tensor belongs to, if it belongs to one."""
+    while name and name not in blocks:
+        name = name.rpartition('.')[0]
+    return name or None
+
+
+def form_of(names: Collection[str], blocks: Collection[str]) -> str:
+    """The form of a network's tensors: ``'training'``, ``'fused'``, or ``'partly fused'`` as others' code leaves it."""
+    fused = fused_blocks(names, blocks)
+    if not fused:
+        return 'training'
+    return 'fused' if {block_of(name, blocks) for name in names} - {None} == fused else 'partly fused'
+
+
+# ------------------------------------------------------------------------------------------------------- recognize
+
+
+@cache
+def layout(
+    family: type['ReparamBackbone'], spec: Any
+) -> tuple[dict[str, torch.Size], dict[str, tuple[torch.Size, torch.Size]]]:
+    """What a variant is made of, without its numbers; not to be changed.
+
+    Returns:
+        The shapes of its tensors in training form, batch counters left out; and the names of its outermost
+        re-parameterizable blocks with the shapes of their kernels and biases.
+    """
+    with torch.device('meta'):
+        network = family(asdict(spec))
+    shapes = shapes_of(network.state_dict())
+    blocks = set(reparam_blocks(network))
+    kernels = {}
+    with torch.no_grad():
+        for name, block in network.named_modules():
+            if block in blocks:  # on the meta device each step would take ten times as long
+                weight, bias = block.to_empty(device='cpu').equivalent_kernel()
+                kernels[name] = weight.shape, bias.shape
+    return shapes, kernels
+
+
+def variant_shapes(family: type['ReparamBackbone'], spec: Any, like: Collection[str]) -> dict[str, torch.Size]:
+    """The shapes of a variant's tensors by our names, batch counters left out.
+
+    Args:
+        family: The class.
+        spec: The variant's.
+        like: Tensor names; the blocks that they hold as one convolution are so in the result.
+    """
+    shapes, kernels = layout(family, spec)
+    fused = fused_blocks(like, kernels)
+    variant = {name: shape for name, shape in shapes.items() if block_of(name, kernels) not in fused}
+    for block in fused:
+        weight, bias = kernels[block]
+        variant |= {f'{block}.weight': weight, f'{block}.bias': bias}
+    return variant
+
+
+class Recognized(NamedTuple):
+    """What tensors are: the class, the variants, several where fusing makes them equal, and the form."""
+
+    family: type['ReparamBackbone']
+    archs: list[str]
+    form: str
+
+
+def recognize(family: type['ReparamBackbone'], tensors: Mapping[str, Tensor]) -> Recognized | None:
+    """What tensors are, by our names and their shapes; ``None`` if no variant of the family has exactly these.
+
+    Classification heads and what is ``optional`` do not matter.
+    """
+    optional = tuple(family.optional)
+    shapes = {name: shape for name, shape in shapes_of(tensors).items() if not name.startswith(optional)}
+    archs = [arch for arch, spec in family.specs.items() if variant_shapes(family, spec, shapes) == shapes]
+    if not archs:
+        return None
+    _, kernels = layout(family, family.specs[archs[0]])
+    return Recognized(family, archs, form_of(shapes, kernels))
+
+
+def identify(tensors: Mapping[str, Tensor]) -> Recognized | None:
+    """What tensors of a backbone, by any names, are; ``None`` if they are exactly those of no variant of any family."""
+    for family in FAMILIES:
+        names = family.naming.translate(tensors)
+        found = recognize(family, {ours: tensors[name] for name, ours in names.items() if ours is not None})
+        if found:
+            return found
+    return None
+
+
+def from_tensors(family: type['ReparamBackbone'], tensors: Mapping[str, Tensor], **options: Any) -> 'ReparamBackbone':
+    """A network of these tensors and in their form, in float64, so that fusing what is left is exact.
+
+    Args:
+        family: The class.
+        tensors: All tensors of a backbone by our names.
+        options: Arguments of the class.
+
+    Raises:
+        CheckpointError: if they do not fit.
+    """
+    network = family(**options).double()
+    names = {module: name for name, module in network.named_modules()}
+    switch_to_deploy(network, [block for block in reparam_blocks(network) if f'{names[block]}.weight' in tensors])
+    network.load_state_dict(tensors)
+    return network
+
+
+# ------------------------------------------------------------------------------------------------------------- fit
+
+
+@dataclass(frozen=True)
+class Given:
+    """A backbone's tensors as they were found.
+
+    Args:
+        source: Where they come from.
+        by_any_name: All of them, by the names that they came with.
+        tensors: Those of the backbone proper by our names: classification heads are left out.
+        form: Their form, for the network that they are to fit.
+        others: How many more tensors the file holds.
+    """
+
+    source: Source
+    by_any_name: Mapping[str, Tensor]
+    tensors: dict[str, Tensor]
+    form: str
+    others: int
+
+
+def fit(network: 'ReparamBackbone', tensors: Mapping[str, Tensor], others: int) -> dict[str, Tensor]:
+    """A network's tensors, by our names, out of a backbone's by any names; the log gets one line on them.
+
+    Args:
+        network: The network.
+        tensors: All tensors of one backbone.
+        others: How many more the file holds.
+
+    Raises:
+        CheckpointError: if a tensor of the network is missing or of another shape, or if one is unexplained.
+    """
+    names = network.naming.translate(tensors)
+    translated = {ours: tensors[name] for name, ours in names.items() if ours is not None}
+    _, kernels = layout(type(network), network.spec)
+    given = Given(source_of(tensors.values()), tensors, translated, form_of(translated, kernels), others)
+    fresh = tensors_that_start_fresh(network, translated)
+    if network.deployed and given.form != 'fused':
+        twin = from_tensors(type(network), translated, **network.options())
+        print_log(f'{given.source.file}: fused while loading', 'current')
+        return switch_to_deploy(twin).to(next(network.parameters()).dtype).state_dict() | fresh
+
+    fitted = {name: tensor for name, tensor in translated.items() if not network.is_not_built(name)}
+    not_built = len(translated) - len(fitted)
+    fitted |= fresh
+    own = network.state_dict()
+    for name, tensor in own.items():
+        if name.endswith('num_batches_tracked'):  # absent from old files, and nothing depends on it
+            fitted.setdefault(name, torch.zeros_like(tensor))
+    shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (fitted, own)]
+    if reason := misfit(*shapes):
+        reason = advice(network, given) or reason
+        raise CheckpointError(f'{given.source.file} does not fit {title(network)}: {reason}')
+    report(network, given, not_built, list(fresh))
+    return fitted
+
+
+def tensors_that_start_fresh(network: 'ReparamBackbone', given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The network's own tensors of each optional part that a file has nothing of."""
+    absent = tuple(prefix for prefix in network.optional if not any(name.startswith(prefix) for name in given))
+    return {name: tensor for name, tensor in network.state_dict().items() if name.startswith(absent)}
+
+
+def title(network: 'ReparamBackbone') -> str:
+    """Class and variant, as in 'RepViT m1_1'."""
+    archs = [arch for arch, spec in network.specs.items() if spec == network.spec]
+    return f'{type(network).__name__} {archs[0] if archs else "of a spec of its own"}'
+
+
+def advice(network: 'ReparamBackbone', given: Given) -> str | None:
+    """What to do about tensors that are those of another variant, or of this one in another form."""
+    if not given.tensors:
+        return 'it holds no tensor for it; weights of the backbone alone go into its init_cfg, not into load_from'
+    own = network.state_dict()
+    for prefix, cure in network.optional.items():
+        there, here = (any(name.startswith(prefix) for name in names) for names in (given.tensors, own))
+        if there and not here:
+            return cure
+    found = identify(given.by_any_name)
+    if found is None:
+        if network.naming.origin_of(given.tensors) is None:
+            return f'it holds another network (its first tensor is {next(iter(given.tensors))})'
+        return None
+    family, archs, form = found
+    if not isinstance(network, family):
+        name = family.__name__
+        return f"it holds {name} {archs[0]}: set type='{name}', arch={archs[0]!r} or take another file"
+    if network.spec not in [network.specs[arch] for arch in archs]:
+        return f'it holds {family.__name__} {archs[0]}: set arch={archs[0]!r} or take another file'
+    if form != 'training' and not network.deployed:
+        return f'it is {form} and this network is for training: build it with deploy=True or take an unfused file'
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def report(network: 'ReparamBackbone', given: Given, not_built: int, fresh: list[str]) -> None:
+    """Log what was loaded and what was set aside, and warn if the network takes its maps elsewhere."""
+    set_aside = {
+        'classification head': len(given.by_any_name) - len(given.tensors),
+        f'not built for out_indices={network.out_indices}': not_built,
+        'other parts of a model': given.others,
+    }
+    count = len(network.state_dict())
+    file, tap = given.source.file, given.source.tap
+    print_log(
+        f'{file}: {title(network)}, {given.form} form, {WHOSE[network.naming.origin_of(given.by_any_name)]} names: '
+        f'{count - len(fresh)}/{count} backbone tensors loaded'
+        + ''.join(f'; {number} set aside ({what})' for what, number in set_aside.items() if number)
+        + (f'; {len(fresh)} start fresh ({fresh[0]}, ...)' if fresh else ''),
+        'current',
+    )
+    if tap not in (None, network.tap):
+        print_log(
+            f'{file} was trained with tap={tap!r}, this network has tap={network.tap!r}: '
+            'its figures hold only with its own tap',
+            'current',
+            logging.WARNING,
+        )
