@@ -91,6 +91,38 @@ class RunningStatisticsKept:
                 setattr(norm, name, buffer)
 
 
+def run_block(block: nn.Module, x: Tensor, with_cp: bool) -> Tensor:
+    """A block's output; with checkpointing the block runs again in the backward pass and keeps its input alone."""
+    if not (with_cp and torch.is_grad_enabled()):
+        return block(x)
+    # The second run must not count its batch twice in live statistics.
+    contexts = (nullcontext(), RunningStatisticsKept(block))
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: contexts)
+
+
+class Stage(nn.Sequential):
+    """The blocks of one stage.
+
+    Args:
+        blocks: The blocks.
+        tapped: Index of the block that gives the stage's map, ``None`` if it is not wanted.
+        with_cp: Recompute each block in the backward pass instead of keeping its maps.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], tapped: int | None, with_cp: bool) -> None:
+        super().__init__(*blocks)
+        self.tapped = tapped
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor, maps: list[Tensor]) -> Tensor:
+        """The output of the last block; the stage's map is appended to ``maps``."""
+        for index, block in enumerate(self):
+            x = run_block(block, x, self.with_cp)
+            if index == self.tapped:
+                maps.append(x)
+        return x
+
+
 class ReparamBackbone(BaseModule, ABC):
     """A stem and four stages of blocks with maps at strides 4, 8, 16 and 32.
 
@@ -180,11 +212,11 @@ class ReparamBackbone(BaseModule, ABC):
         ]
         # The last stage has no downsample behind it, so its map is its end under every tap.
         offsets = [self.taps[tap]] * (NUM_STAGES - 1) + [0]
-        self._tapped = {(i, len(stages[i]) - 1 - offsets[i]) for i in self.out_indices}
-        if min(self._tapped)[1] < 0:
-            raise ValueError(f'tap={tap!r}: stage {min(self._tapped)[0]} has no block before its last one')
-        stages[-1] = stages[-1][: max(self._tapped)[1] + 1]
-        self.stages = nn.ModuleList(nn.Sequential(*blocks) for blocks in stages)
+        tapped = {index: len(stages[index]) - 1 - offsets[index] for index in self.out_indices}
+        if min(tapped.values()) < 0:
+            raise ValueError(f'tap={tap!r}: stage {min(tapped, key=tapped.get)} has no block before its last one')
+        stages[-1] = stages[-1][: tapped[len(stages) - 1] + 1]
+        self.stages = nn.ModuleList(Stage(blocks, tapped.get(index), with_cp) for index, blocks in enumerate(stages))
 
         for module in self.modules():
             if isinstance(module, ReparamBlock):
@@ -283,21 +315,11 @@ class ReparamBackbone(BaseModule, ABC):
         return all(module.runs_folded() for module in tree_of(self) if isinstance(module, ReparamBlock))
 
     def _maps(self, x: Tensor) -> tuple[Tensor, ...]:
-        x = self._run(self.stem, x)
-        maps = []
-        for i, stage in enumerate(self.stages):
-            for j, block in enumerate(stage):
-                x = self._run(block, x)
-                if (i, j) in self._tapped:
-                    maps.append(self._output(i, x))
-        return tuple(maps)
-
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        if not (self.with_cp and torch.is_grad_enabled()):
-            return block(x)
-        # The second run of a block must not count its batch twice in live statistics.
-        contexts = (nullcontext(), RunningStatisticsKept(block))
-        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: contexts)
+        maps: list[Tensor] = []
+        x = run_block(self.stem, x, self.with_cp)
+        for stage in self.stages:
+            x = stage(x, maps)
+        return tuple(self._output(index, x) for index, x in zip(self.out_indices, maps, strict=True))
 
     def _freeze_stages(self) -> None:
         frozen = [self.stem, *self.stages][: self.frozen_stages + 1]
@@ -340,4 +362,5 @@ class ReparamBackbone(BaseModule, ABC):
         if head != 'stages' or len(indices) < 2 or not all(index.isdecimal() for index in indices):
             return False
         i, j = map(int, indices)
-        return i < NUM_STAGES and j < self._stage_lengths()[i] and (i, j) > max(self._tapped)
+        built = len(self.stages) - 1, len(self.stages[-1]) - 1
+        return i < NUM_STAGES and j < self._stage_lengths()[i] and (i, j) > built

@@ -16,6 +16,7 @@ from helpers import GOLDENS, HEADS, SMALL, STATISTICS, Golden, image, largest_er
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -349,6 +350,78 @@ class TestFolding:
             network(x)
         assert torch.equal(x, before)
         assert all(torch.equal(now, then) for now, then in [*inputs, *outputs])
+
+    def test_kernels_computed_together_halve_the_operations_of_a_step(self, build):
+        """What a GPU launches; operations that compute nothing do not count."""
+
+        def operations(network: ReparamBackbone) -> int:
+            with Operations() as seen:
+                total(network(torch.randn(1, 3, 32, 32))).backward()
+            return sum(not re.search('view|detach|alias', name) for name in seen.names)
+
+        network = RepViT('m0_9', norm_eval=True, channels_last=False).train()
+        apart = operations(network)
+        with kernels_together(network):
+            together = operations(network)
+        assert together < 0.55 * apart
+
+    def test_without_channels_last_the_input_keeps_its_format(self, build, x):
+        formats = []
+        network = build(channels_last=False).eval()
+        network.stem.register_forward_pre_hook(lambda stem, args: formats.append(args[0].is_contiguous()))
+        with torch.no_grad():
+            maps = network(x)
+        assert formats == [True]
+        assert largest_error(maps, build().eval()(x)) < 1e-5
+
+    def test_second_derivatives_without_recomputing(self, build, x):
+        """A gradient penalty, folded and by branches."""
+
+        def penalty(network: ReparamBackbone) -> dict[str, Tensor]:
+            images = x.double().requires_grad_()
+            with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+                maps = network(images)
+            (gradient,) = torch.autograd.grad(total(maps), images, create_graph=True)
+            gradient.square().sum().backward()
+            return {name: parameter.grad for name, parameter in network.named_parameters()}
+
+        folded = penalty(build(norm_eval=True, recompute=False).double().train())
+        plain = penalty(build(norm_eval=True, fold_frozen=False).double().train())
+        assert max(relative_error(folded[name], grad) for name, grad in plain.items() if grad.norm() > 1e-12) < 1e-9
+        with pytest.raises(RuntimeError, match='once_differentiable'):
+            penalty(build(norm_eval=True).double().train())
+
+
+# What the papers name, wherever it lies in a network.
+NAMED_IN_THE_PAPERS = r'stem|stages\.\d+(\.\d+(\.(token_mixer|se|channel_mixer|spatial|channel|position))?)?'
+
+
+@pytest.mark.parametrize(
+    ('options', 'training', 'learns'),
+    [
+        ({}, True, True),
+        ({'norm_eval': True}, True, True),
+        ({'norm_eval': True, 'fold_frozen': False}, True, True),
+        ({'norm_eval': True, 'recompute': False}, True, True),
+        ({'frozen_stages': 2}, True, True),
+        ({}, False, True),
+        ({}, False, False),
+        ({'deploy': True}, False, False),
+    ],
+    ids=str,
+)
+def test_hooks_on_what_the_papers_name_are_called(build, x, options, training, learns):
+    network = build(**options).train(training)
+    called: list[str] = []
+    named = {
+        name: module for name, module in network.named_modules() if re.fullmatch(NAMED_IN_THE_PAPERS, name) and module
+    }
+    assert len(named) > 20
+    for name, module in named.items():
+        module.register_forward_hook(lambda module, args, y, name=name: called.append(name))
+    with torch.set_grad_enabled(learns):
+        network(x)
+    assert sorted(called) == sorted(named)
 
 
 class Operations(TorchDispatchMode):
