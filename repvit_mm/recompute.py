@@ -26,6 +26,11 @@ class Recipe(NamedTuple):
     function: Function
     kept: tuple[Tensor, ...]
 
+    @classmethod
+    def of_kept(cls, x: Tensor) -> 'Recipe':
+        """The recipe of a map that is kept itself."""
+        return cls(lambda x: x, (x.detach(),))
+
     def then(self, function: Function, *others: Tensor) -> 'Recipe':
         """The recipe of ``function(x, *others)``, where this is the recipe of ``x``."""
         first, count = self.function, len(self.kept)
@@ -82,11 +87,6 @@ def runs_eagerly() -> bool:
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting())
 
 
-def records_eagerly() -> bool:
-    """Whether autograd records operations as they are called."""
-    return torch.is_grad_enabled() and runs_eagerly()
-
-
 def recomputable(function: Function, x: Tensor, *others: Tensor) -> Tensor:
     """``function(x, *others)``, something cheap, which leaves the recipe of its output.
 
@@ -97,11 +97,11 @@ def recomputable(function: Function, x: Tensor, *others: Tensor) -> Tensor:
         x: A map.
         others: Further tensors, which are kept.
     """
-    if not records_eagerly():
+    if not (torch.is_grad_enabled() and runs_eagerly()):
         return function(x, *others)
     recipe = recipe_of(x)
     if recipe is None:
-        return leave(function(x, *others), Recipe(lambda x: x, (x.detach(),)).then(function, *others))
+        return leave(function(x, *others), Recipe.of_kept(x).then(function, *others))
     recipe = recipe.shared()
     return leave(_Recomputed.apply(function, recipe, x, *others), recipe.then(function, *others))
 
@@ -149,26 +149,22 @@ def convolve(
         groups: Groups.
         recomputes: ``False`` keeps the input and leaves no recipe.
     """
-    options = stride, padding, groups
-    recomputes = recomputes and records_eagerly()
-    mixed = torch.is_autocast_enabled(x.device.type)
-    recipe = recipe_of(x) if recomputes else None
+    if not torch.is_grad_enabled():
+        return F.conv2d(x, weight, bias, stride, padding, 1, groups)
+    recomputes = recomputes and runs_eagerly()
+    known = recipe_of(x) if recomputes else None
     # A grouped convolution is cheap, so it runs again for whoever reads its output.
     leaves = recomputes and groups > 1
-    if recipe is not None and leaves:
-        recipe = recipe.shared()
-    if recipe is not None or (mixed and torch.is_grad_enabled()):
-        y = _Convolution.apply(options, recipe, x, weight, bias)
-    else:
+    options = stride, padding, groups
+    recipe = Recipe.of_kept(x) if known is None else known.shared() if leaves else known
+    if known is None and not torch.is_autocast_enabled(x.device.type):
         y = F.conv2d(x, weight, bias, stride, padding, 1, groups)
-    if leaves:
-        whole = _forward_of(x, options)
-        source = Recipe(lambda x: x, (x.detach(),)) if recipe is None else recipe
-        leave(y, source.then(whole, weight, bias))
-    return y
+    else:
+        y = _Convolution.apply(options, recipe, x, weight, bias)
+    return leave(y, recipe.then(_convolution_of(x, options), weight, bias)) if leaves else y
 
 
-def _forward_of(x: Tensor, options: tuple[int, int, int]) -> Function:
+def _convolution_of(x: Tensor, options: tuple[int, int, int]) -> Function:
     """The convolution under the autocast that is on now, as a function of input, weight and bias."""
     stride, padding, groups = options
     device = x.device.type
@@ -191,18 +187,18 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, options: tuple[int, int, int], recipe: Recipe | None, x: Tensor, weight: Tensor, bias: Tensor
+        ctx: Any, options: tuple[int, int, int], recipe: Recipe, x: Tensor, weight: Tensor, bias: Tensor
     ) -> Tensor:
         ctx.options = options
-        ctx.recipe = None if recipe is None else recipe.function
-        ctx.save_for_backward(weight, *((x,) if recipe is None else recipe.kept))
-        return _forward_of(x, options)(x, weight, bias)
+        ctx.recipe = recipe.function
+        ctx.save_for_backward(weight, *recipe.kept)
+        return _convolution_of(x, options)(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *kept = ctx.saved_tensors
-        x = kept[0] if ctx.recipe is None else ctx.recipe(*kept)
+        x = ctx.recipe(*kept)
         # Grouped convolutions run in the precision of their parameters.
         dtype = weight.dtype if ctx.options[2] > 1 else grad.dtype
         grads = conv_backward(grad.to(dtype), x.to(dtype), weight.to(dtype), *ctx.options, ctx.needs_input_grad[2:])
