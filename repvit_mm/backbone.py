@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from .compat.pytorch import tree_of
-from .loading import FAMILIES, find_backbone, fit
+from .loading import FAMILIES, Found, find_backbone, fit
 from .names import Naming
 from .recompute import runs_eagerly
 from .reparam import ReparamBlock, kernels_together, reparam_blocks, switch_to_deploy
@@ -351,8 +351,9 @@ class ReparamBackbone(BaseModule, ABC):
         given = {
             name.removeprefix(prefix): state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)
         }
-        tensors, others = (given, 0) if prefix else find_backbone(given, self.naming)
-        for name, tensor in fit(self, tensors, others).items():
+        # Behind a prefix stand this network's tensors and no others.
+        found = Found(prefix, given, {}) if prefix else find_backbone(given, self.naming)
+        for name, tensor in fit(self, found.tensors, len(found.others)).items():
             state_dict[prefix + name] = tensor
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -39,20 +39,34 @@ def misfit(given: Shapes, wanted: Shapes) -> str | None:
     return f'tensors {found}' if found else None
 
 
-def find_backbone(checkpoint: Any, naming: Naming) -> tuple[dict[str, Tensor], int]:
+class Found(NamedTuple):
+    """The backbone in a whole file.
+
+    Args:
+        prefix: What stands before its tensors' names, ``''``, ``'backbone.'``, ``'module.'``, ...; ``None`` if no name
+            is of its family. Then all tensors are taken for the backbone's.
+        tensors: The backbone's.
+        others: All others, by their full names.
+    """
+
+    prefix: str | None
+    tensors: dict[str, Tensor]
+    others: dict[str, Tensor]
+
+
+def find_backbone(checkpoint: Any, naming: Naming) -> Found:
     """The backbone in a whole file: bare, in a container, in a detector, wrapped for running in parallel.
 
     Args:
         checkpoint: What the file holds.
         naming: The names of the backbone's family.
-
-    Returns:
-        The backbone's tensors, and the number of the others.
     """
     tensors = tensors_of(checkpoint)
-    prefix = naming.prefix_of(tensors) or ''
-    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    return found, len(tensors) - len(found)
+    prefix = naming.prefix_of(tensors)
+    start = prefix or ''
+    found = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(start)}
+    return Found(prefix, found, others)
 
 
 # ---------------------------------------------------------------------------------------------------- fused or not
