@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from mmengine.logging import print_log
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, Source, source_of, tensors_of
 from .names import WHOSE, Naming
@@ -33,10 +33,30 @@ def misfit(given: Shapes, wanted: Shapes) -> str | None:
     kinds = {
         'missing': [name for name in wanted if name not in given],
         'unexplained': [name for name in given if name not in wanted],
-        'of another shape': [name for name in wanted if name in given and given[name] != wanted[name]],
+        'of another shape': [
+            f'{name}: {tuple(given[name])} for {tuple(shape)}'
+            for name, shape in wanted.items()
+            if name in given and given[name] != shape
+        ],
     }
     found = ', '.join(f'{kind}: {len(names)} ({names[0]})' for kind, names in kinds.items() if names)
     return f'tensors {found}' if found else None
+
+
+def misfit_outside_backbones(model: nn.Module, checkpoint: Any) -> str | None:
+    """How a checkpoint differs from the other parts of a model than its backbones; ``None`` if it has all of them.
+
+    A backbone of this package sees to itself as it loads.
+
+    Args:
+        model: A detector, say, without wrappers.
+        checkpoint: What the file holds.
+    """
+    backbones = [name for name, module in model.named_modules() if isinstance(module, tuple(FAMILIES))]
+    own = tuple(f'{name}.' for name in backbones)
+    wanted = {name: shape for name, shape in shapes_of(model.state_dict()).items() if not name.startswith(own)}
+    given = {name.removeprefix('module.'): shape for name, shape in shapes_of(tensors_of(checkpoint)).items()}
+    return misfit({name: given[name] for name in wanted if name in given}, wanted)
 
 
 class Found(NamedTuple):

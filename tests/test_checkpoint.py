@@ -200,7 +200,8 @@ class TestVerdict:
         build, weights = partial(golden.backbone, golden.arch), golden.state_dict()
         detector = {f'backbone.{name}': tensor for name, tensor in weights.items()} | {'rpn_head.x': torch.zeros(1)}
         segmentor = {f'backbone.{name}': tensor for name, tensor in weights.items()} | {'decode_head.x': torch.zeros(1)}
-        ours = {'state_dict': segmentor, 'meta': {'cfg': "dict(tap='pre_downsample', type='RepViT')"}}
+        cfg = "custom_imports = dict(imports=['repvit_mm'])\nmodel = dict(backbone=dict(tap='pre_downsample'))"
+        ours = {'state_dict': segmentor, 'meta': {'cfg': cfg}}
         for content, trained in ((detector, 'pre_downsample'), (segmentor, 'stage_end'), (ours, 'pre_downsample')):
             torch.save(content if content is ours else {'state_dict': content}, tmp_path / 'a.pth')
             for tap in ('stage_end', 'pre_downsample'):

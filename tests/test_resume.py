@@ -500,7 +500,9 @@ class Elsewhere(BaseStorageBackend):
 def test_other_stores_are_written_as_mmengine_does(tmp_path, args, expected):
     hook = ResumableCheckpointHook(backend_args=args)
     hub = MessageHub.get_instance('elsewhere')
-    runner = SimpleNamespace(work_dir=str(tmp_path), logger=logging.getLogger(), message_hub=hub, train_loop=None)
+    runner = SimpleNamespace(
+        work_dir=str(tmp_path), logger=logging.getLogger(), message_hub=hub, train_loop=None, iter=0
+    )
     hook.before_train(runner)
     assert hook.backend_args == {'backend': expected}
 

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from repvit_mm.checkpoint import TRUSTED, CheckpointError, one_line, read_checkpoint
+from repvit_mm.checkpoint import CheckpointError, read_checkpoint, trust
 from repvit_mm.conversion import content_of, convert, metadata_of, to_pth, to_safetensors
 from repvit_mm.files import write_whole
+from repvit_mm.messages import one_line
 from repvit_mm.names import WHOSE
 
 
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Look into a checkpoint and convert it."""
     args = parse_args(argv)
     if args.trust_checkpoint:
-        TRUSTED.add(str(Path(args.input)))
+        trust(args.input)
     try:
         checkpoint = read_checkpoint(args.input)
         content = content_of(checkpoint, args.input)
