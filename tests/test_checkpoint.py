@@ -1,6 +1,7 @@
 """Checkpoints of anybody: read without running anything, loaded whole or refused in one line."""
 
 import argparse
+import copy
 import os
 import pickle
 from collections.abc import Callable
@@ -194,6 +195,15 @@ class TestVerdict:
         torch.save(read_checkpoint(tmp_path / 'a.pth'), tmp_path / 'b.pth')
         again = read_checkpoint(tmp_path / 'b.pth')['model']
         assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+
+    @pytest.mark.parametrize('copied', [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
+    def test_copies_load_for_themselves(self, weights, expected, build, copied):
+        network = build()
+        before = copy.deepcopy(network.state_dict())
+        twin = copied(network)
+        twin.load_state_dict(weights)
+        check(twin, expected)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
     def test_other_tap_is_warned_of(self, tmp_path, log):
         golden = GOLDENS[0]
