@@ -4,17 +4,14 @@ from ._versions import check_frameworks
 
 check_frameworks()
 
-from mmengine.config.utils import MODULE2PACKAGE  # noqa: E402
-
+from .compat.openmmlab import offer_configs  # noqa: E402
 from .fastvit import FastViT  # noqa: E402
 from .hooks import FuseOnDeployHook  # noqa: E402
 from .reparam import switch_to_deploy  # noqa: E402
 from .repvit import RepViT  # noqa: E402
 from .resume import ResumableCheckpointHook, ResumableIterBasedTrainLoop  # noqa: E402
 
-# MMEngine finds `_base_ = 'repvit_mm::...'` by this table. It looks a distribution up where an editable install has no
-# files; the name of a module leads it to the package itself.
-MODULE2PACKAGE.setdefault('repvit_mm', 'repvit_mm.repvit')
+offer_configs(__name__, f'{__name__}.repvit')
 
 __version__ = '0.1.0'
 __all__ = [

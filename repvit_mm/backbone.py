@@ -12,11 +12,10 @@ from typing import Any, ClassVar
 import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from .compat.pytorch import tree_of
-from .loading import FAMILIES, find_backbone, fit
+from .compat.pytorch import BatchNorm, tree_of
+from .loading import FAMILIES, Found, find_backbone, fit
 from .names import Naming
 from .recompute import runs_eagerly
 from .reparam import ReparamBlock, kernels_together, reparam_blocks, switch_to_deploy
@@ -77,7 +76,7 @@ class RunningStatisticsKept:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.norms = [child for child in module.modules() if isinstance(child, _BatchNorm)]
+        self.norms = [child for child in module.modules() if isinstance(child, BatchNorm)]
 
     def __enter__(self) -> None:
         self.buffers = [dict(norm.named_buffers(recurse=False)) for norm in self.norms]
@@ -201,6 +200,8 @@ class ReparamBackbone(BaseModule, ABC):
         self.with_cp = with_cp
         self.fold_frozen = fold_frozen
         self.channels_last = channels_last
+
+        self.register_load_state_dict_pre_hook(ReparamBackbone.take_every_form)
 
         self.stem = self._make_stem()
         lengths = self._residual_lengths()
@@ -342,19 +343,23 @@ class ReparamBackbone(BaseModule, ABC):
         self._freeze_stages()
         if mode and self.norm_eval:
             for module in self.modules():
-                if isinstance(module, _BatchNorm):
+                if isinstance(module, BatchNorm):
                     module.eval()
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take every form in which a released backbone's tensors come; refuse, strict or not, what does not fit."""
+    def take_every_form(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Make a state dict that is loaded one of this network, whatever form of a released backbone it has.
+
+        Raises:
+            CheckpointError: strict or not, if it does not fit.
+        """
         given = {
             name.removeprefix(prefix): state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)
         }
-        tensors, others = (given, 0) if prefix else find_backbone(given, self.naming)
-        for name, tensor in fit(self, tensors, others).items():
+        # Behind a prefix stand this network's tensors and no others.
+        found = Found(prefix, given, {}) if prefix else find_backbone(given, self.naming)
+        for name, tensor in fit(self, found.tensors, len(found.others)).items():
             state_dict[prefix + name] = tensor
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def is_not_built(self, name: str) -> bool:
         """Whether a full network of this spec has a tensor of that name in a block that this network does not build."""

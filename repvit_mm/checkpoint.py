@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mmengine.runner.checkpoint
 import numpy as np
 import torch
 from mmengine.dist import barrier, get_rank
@@ -19,7 +18,9 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
-from .compat.pytorch import WeakTensorKeyDictionary
+from .compat.openmmlab import replace_reader_of_addresses
+from .compat.pytorch import WeakTensorKeyDictionary, refused_global, unpickling_reason
+from .messages import one_line
 from .names import NAMINGS
 
 STATISTICS = ('min', 'max', 'current', 'mean')
@@ -30,7 +31,7 @@ CONTAINERS = ('state_dict', 'model', 'state_dict_ema', 'model_ema', 'ema_state_d
 
 
 TRUSTED: set[str] = set()
-"""Files that may run code as they are read, because somebody said so on purpose."""
+"""Files that may run code as they are read; see :func:`trust`."""
 
 
 class CheckpointError(RuntimeError):
@@ -54,6 +55,11 @@ class Source:
 _SOURCES: MutableMapping[Tensor, Source] = WeakTensorKeyDictionary()
 
 
+def trust(*files: str | Path) -> None:
+    """Let :func:`read_checkpoint` run the code in these files, because somebody said so on purpose."""
+    TRUSTED.update(str(Path(file).expanduser()) for file in files)
+
+
 def history_getattr(owner: type, name: str) -> Callable:
     """What ``getattr`` stands for in MMEngine's checkpoints: one of the four statistics of a ``HistoryBuffer``.
 
@@ -62,6 +68,12 @@ def history_getattr(owner: type, name: str) -> Callable:
     if owner is not HistoryBuffer or name not in STATISTICS:
         raise pickle.UnpicklingError(f'a checkpoint may not look up {name!r} of {owner!r}')
     return getattr(HistoryBuffer, name)
+
+
+def refused_attribute(reason: str) -> str | None:
+    """What :func:`history_getattr` refused, if that is why a file could not be read: torch passes on its words."""
+    match = re.search(r'a checkpoint may not look up (.*)', reason)
+    return f'getattr of {match[1]}' if match else None
 
 
 def harmless_globals() -> list[Any]:
@@ -126,16 +138,15 @@ def check_file(path: Path) -> None:
 
 def read_safetensors(path: Path, map_location: Any) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` file."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise CheckpointError(f'checkpoint {path} needs the package safetensors: pip install safetensors') from None
+    # Imported here: whoever reads no such file does not need it, from a checkout say.
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     device = map_location if isinstance(map_location, str | torch.device) else 'cpu'
     try:
         return load_file(path, device=str(device))
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f'checkpoint {path} is damaged or no safetensors file ({one_line(error)})') from None
+        raise CheckpointError(f'checkpoint {path} is damaged or no safetensors file ({one_line(error, 120)})') from None
 
 
 def read_pickle(path: Path, map_location: Any) -> Any:
@@ -146,15 +157,15 @@ def read_pickle(path: Path, map_location: Any) -> Any:
     except pickle.UnpicklingError as error:
         if str(path) in TRUSTED:
             return read_trusted(path, map_location)
-        if match := re.search(r'GLOBAL (\S+)|may not look up (.*)', str(error)):
-            what = match[1] or f'getattr of {match[2]}'
+        reason = unpickling_reason(error)
+        if what := refused_global(error) or refused_attribute(reason):
             raise CheckpointError(
                 f'checkpoint {path} refers to {what}, which may run code as it is read: '
                 'if you trust whoever made it, say so with --trust-checkpoint'
             ) from None
-        raise CheckpointError(f'checkpoint {path} is damaged or no checkpoint ({one_line(error)})') from None
+        raise CheckpointError(f'checkpoint {path} is damaged or no checkpoint ({reason})') from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f'checkpoint {path} is damaged or no checkpoint ({one_line(error)})') from None
+        raise CheckpointError(f'checkpoint {path} is damaged or no checkpoint ({one_line(error, 120)})') from None
 
 
 def read_trusted(path: Path, map_location: Any) -> Any:
@@ -162,12 +173,7 @@ def read_trusted(path: Path, map_location: Any) -> Any:
     try:
         return torch.load(path, map_location=map_location, weights_only=False)
     except Exception as error:  # its own code may raise anything
-        raise CheckpointError(f'checkpoint {path} cannot be read ({one_line(error)})') from None
-
-
-def one_line(error: Exception) -> str:
-    """The beginning of an exception's message on one line."""
-    return ' '.join(str(error).split())[:120] or type(error).__name__
+        raise CheckpointError(f'checkpoint {path} cannot be read ({one_line(error, 120)})') from None
 
 
 def tensors_of(checkpoint: Any) -> Mapping[str, Tensor]:
@@ -231,7 +237,7 @@ def download(address: str, folder: str | None = None) -> Path:
             torch.hub.download_url_to_file(address, str(path))
         except (OSError, ValueError) as error:  # urllib's errors among them
             raise CheckpointError(
-                f'checkpoint {address} cannot be downloaded ({one_line(error)}) and is not at {path}'
+                f'checkpoint {address} cannot be downloaded ({one_line(error, 120)}) and is not at {path}'
             ) from None
         finally:
             socket.setdefaulttimeout(patience)
@@ -253,5 +259,4 @@ def load_from_http(filename: str, map_location: Any = None, model_dir: str | Non
     return read_checkpoint(cached(filename, model_dir), map_location)
 
 
-# Its readers of torchvision://, mmcls:// and the like call this one.
-mmengine.runner.checkpoint.load_from_http = load_from_http
+replace_reader_of_addresses(load_from_http)

@@ -5,11 +5,14 @@ import logging
 import torch
 from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
 from .backbone import ReparamBackbone
+from .checkpoint import CheckpointError, source_of, tensors_of
+from .loading import misfit_outside_backbones
 from .reparam import plain_formulation, reparam_blocks, switch_to_deploy
 
 
@@ -36,14 +39,18 @@ class FuseOnDeployHook(Hook):
     """
 
     priority = 'VERY_LOW'
+    trains = False
 
     def __init__(self, tolerance: float = 1e-4) -> None:
         self.tolerance = tolerance
 
+    def before_train(self, runner: Runner) -> None:
+        """Note that this run trains."""
+        self.trains = True
+
     def before_test(self, runner: Runner) -> None:
         """Fuse the runner's model and its averaged copies."""
-        # The runner turns its loops from dicts into objects as it first uses them.
-        if not (runner._train_loop is None or isinstance(runner._train_loop, dict)):
+        if self.trains:
             print_log('FuseOnDeployHook: this run trains, the model is not fused', 'current', logging.INFO)
             return
         self._fuse(runner.model)
@@ -91,3 +98,27 @@ class FuseOnDeployHook(Hook):
         like = next(backbone.parameters())
         generator = torch.Generator().manual_seed(0)
         return torch.randn(1, 3, 64, 96, generator=generator).to(like)
+
+
+@HOOKS.register_module()
+class WholeCheckpointHook(Hook):
+    """Refuses a checkpoint that lacks a tensor of the model's, or has one of another shape.
+
+    MMEngine would warn and go on with random numbers there. That is right where training starts from the weights of
+    another task, and wrong for a test. A backbone of this package sees to its own tensors.
+    """
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Compare it with the model.
+
+        Raises:
+            CheckpointError: if a tensor outside the backbone does not fit.
+        """
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        if reason := misfit_outside_backbones(model, checkpoint):
+            tensors = tensors_of(checkpoint)
+            # An empty file has nothing to be known by.
+            file = source_of(tensors.values()).file if tensors else runner.cfg.get('load_from')
+            raise CheckpointError(f'checkpoint {file} is not of this config: outside the backbone {reason}')

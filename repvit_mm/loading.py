@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from mmengine.logging import print_log
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, Source, source_of, tensors_of
 from .names import WHOSE, Naming
@@ -33,26 +33,60 @@ def misfit(given: Shapes, wanted: Shapes) -> str | None:
     kinds = {
         'missing': [name for name in wanted if name not in given],
         'unexplained': [name for name in given if name not in wanted],
-        'of another shape': [name for name in wanted if name in given and given[name] != wanted[name]],
+        'of another shape': [
+            f'{name}: {tuple(given[name])} for {tuple(shape)}'
+            for name, shape in wanted.items()
+            if name in given and given[name] != shape
+        ],
     }
     found = ', '.join(f'{kind}: {len(names)} ({names[0]})' for kind, names in kinds.items() if names)
     return f'tensors {found}' if found else None
 
 
-def find_backbone(checkpoint: Any, naming: Naming) -> tuple[dict[str, Tensor], int]:
+def misfit_outside_backbones(model: nn.Module, checkpoint: Any) -> str | None:
+    """How a checkpoint differs from the other parts of a model than its backbones; ``None`` if it has all of them.
+
+    A backbone of this package sees to itself as it loads.
+
+    Args:
+        model: A detector, say, without wrappers.
+        checkpoint: What the file holds.
+    """
+    backbones = [name for name, module in model.named_modules() if isinstance(module, tuple(FAMILIES))]
+    own = tuple(f'{name}.' for name in backbones)
+    wanted = {name: shape for name, shape in shapes_of(model.state_dict()).items() if not name.startswith(own)}
+    given = {name.removeprefix('module.'): shape for name, shape in shapes_of(tensors_of(checkpoint)).items()}
+    return misfit({name: given[name] for name in wanted if name in given}, wanted)
+
+
+class Found(NamedTuple):
+    """The backbone in a whole file.
+
+    Args:
+        prefix: What stands before its tensors' names, ``''``, ``'backbone.'``, ``'module.'``, ...; ``None`` if no name
+            is of its family. Then all tensors are taken for the backbone's.
+        tensors: The backbone's.
+        others: All others, by their full names.
+    """
+
+    prefix: str | None
+    tensors: dict[str, Tensor]
+    others: dict[str, Tensor]
+
+
+def find_backbone(checkpoint: Any, naming: Naming) -> Found:
     """The backbone in a whole file: bare, in a container, in a detector, wrapped for running in parallel.
 
     Args:
         checkpoint: What the file holds.
         naming: The names of the backbone's family.
-
-    Returns:
-        The backbone's tensors, and the number of the others.
     """
     tensors = tensors_of(checkpoint)
-    prefix = naming.prefix_of(tensors) or ''
-    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    return found, len(tensors) - len(found)
+    prefix = naming.prefix_of(tensors)
+    start = prefix or ''
+    found = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(start)}
+    return Found(prefix, found, others)
 
 
 # ---------------------------------------------------------------------------------------------------- fused or not

@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from .compat.pytorch import tensors_of, tree_of, version
+from .compat.pytorch import BatchNorm, NotifiedModule, tensors_of, tree_of, version
 from .recompute import convolve, runs_eagerly
 
 
@@ -81,7 +80,7 @@ def scale_kernel(kernel: Kernel, scale: Tensor) -> Kernel:
     return Kernel(kernel.weight * scale[..., None, None, None], kernel.bias * scale)
 
 
-def norm_scale(norm: _BatchNorm) -> Tensor:
+def norm_scale(norm: BatchNorm) -> Tensor:
     """The factor of each channel, ``(C,)``, by which a BatchNorm with frozen statistics multiplies.
 
     Raises:
@@ -93,7 +92,7 @@ def norm_scale(norm: _BatchNorm) -> Tensor:
     return scale if norm.weight is None else scale * norm.weight
 
 
-def fold_norm(kernel: Kernel, norm: _BatchNorm) -> Kernel:
+def fold_norm(kernel: Kernel, norm: BatchNorm) -> Kernel:
     """A convolution followed by a BatchNorm with frozen statistics, as one convolution.
 
     Raises:
@@ -106,7 +105,7 @@ def fold_norm(kernel: Kernel, norm: _BatchNorm) -> Kernel:
     return Kernel(kernel.weight * scale[..., None, None, None], bias)
 
 
-def fold_norm_before(norm: _BatchNorm, kernel: Kernel) -> Kernel:
+def fold_norm_before(norm: BatchNorm, kernel: Kernel) -> Kernel:
     """A BatchNorm with frozen statistics followed by an ungrouped 1x1 convolution, as one convolution.
 
     Raises:
@@ -144,7 +143,7 @@ class KeptKernel:
         )
 
 
-class ReparamBlock(nn.Module, ABC):
+class ReparamBlock(NotifiedModule, ABC):
     """Linear branches and BatchNorms that together equal one convolution.
 
     A subclass states the function twice: :meth:`branches` runs it as it is trained, :meth:`equivalent_kernel` gives
@@ -182,7 +181,7 @@ class ReparamBlock(nn.Module, ABC):
         return all(
             not module.training and module.running_mean is not None
             for module in tree_of(self)
-            if isinstance(module, _BatchNorm)
+            if isinstance(module, BatchNorm)
         )
 
     def runs_folded(self) -> bool:
@@ -221,13 +220,8 @@ class ReparamBlock(nn.Module, ABC):
         self._kept = None
         return super().train(mode)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> 'ReparamBlock':
+    def tensors_change(self) -> None:
         self._kept = None
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._kept = None
-        super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_kept': None, '_shared': None}

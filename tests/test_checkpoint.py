@@ -1,6 +1,7 @@
 """Checkpoints of anybody: read without running anything, loaded whole or refused in one line."""
 
 import argparse
+import copy
 import os
 import pickle
 from collections.abc import Callable
@@ -195,12 +196,22 @@ class TestVerdict:
         again = read_checkpoint(tmp_path / 'b.pth')['model']
         assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
 
+    @pytest.mark.parametrize('copied', [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
+    def test_copies_load_for_themselves(self, weights, expected, build, copied):
+        network = build()
+        before = copy.deepcopy(network.state_dict())
+        twin = copied(network)
+        twin.load_state_dict(weights)
+        check(twin, expected)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
     def test_other_tap_is_warned_of(self, tmp_path, log):
         golden = GOLDENS[0]
         build, weights = partial(golden.backbone, golden.arch), golden.state_dict()
         detector = {f'backbone.{name}': tensor for name, tensor in weights.items()} | {'rpn_head.x': torch.zeros(1)}
         segmentor = {f'backbone.{name}': tensor for name, tensor in weights.items()} | {'decode_head.x': torch.zeros(1)}
-        ours = {'state_dict': segmentor, 'meta': {'cfg': "dict(tap='pre_downsample', type='RepViT')"}}
+        cfg = "custom_imports = dict(imports=['repvit_mm'])\nmodel = dict(backbone=dict(tap='pre_downsample'))"
+        ours = {'state_dict': segmentor, 'meta': {'cfg': cfg}}
         for content, trained in ((detector, 'pre_downsample'), (segmentor, 'stage_end'), (ours, 'pre_downsample')):
             torch.save(content if content is ours else {'state_dict': content}, tmp_path / 'a.pth')
             for tap in ('stage_end', 'pre_downsample'):

@@ -15,6 +15,8 @@ from helpers import GOLDENS, HEADS, Golden, image, largest_error
 from mmengine.logging import HistoryBuffer
 
 from repvit_mm import RepViT
+from repvit_mm.checkpoint import CheckpointError, read_checkpoint
+from repvit_mm.conversion import content_of, convert
 
 TOOLS = Path(__file__).parents[1] / 'tools'
 sys.path.append(str(TOOLS))
@@ -323,7 +325,8 @@ BAD = {
     ),
     'tensor of another shape': (
         lambda t: {**t, 'features.0.0.c.weight': torch.ones(1, 3, 3, 3)},
-        r'compared with m0_6, tensors of another shape: 1 \(stem\.conv1\.conv\.weight\)',
+        r'compared with m0_6, tensors of another shape: 1 '
+        r'\(stem\.conv1\.conv\.weight: \(1, 3, 3, 3\) for \(20, 3, 3, 3\)\)',
     ),
     'another network': (
         lambda t: {'layer1.0.conv1.weight': torch.ones(1)},
@@ -397,3 +400,28 @@ def test_as_a_program(tmp_path, smallest):
     assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'the nearest is' in done.stderr
     done = run(tmp_path / 'a.pth')
     assert done.returncode == 2 and 'OUT is missing' in done.stderr
+
+
+class TestWithoutTheTool:
+    def test_same_tensors(self, tmp_path, smallest):
+        main([str(smallest), str(tmp_path / 'a.pth'), '--to', 'timm', '--fuse'])
+        content = content_of(read_checkpoint(smallest))
+        converted = convert(content, 'timm', fuse=True)
+        assert (converted.to, converted.whole, converted.fused, converted.set_aside) == ('timm', False, 56, 14)
+        assert equal(converted.tensors, read(tmp_path / 'a.pth'))
+        assert not convert(content_of(converted.tensors), 'timm', fuse=True).fused
+
+    def test_what_was_given_stays(self, smallest):
+        checkpoint = read_checkpoint(smallest)
+        before = {name: tensor.clone() for name, tensor in checkpoint['model'].items()}
+        converted = convert(content_of(checkpoint), 'authors')
+        for tensor in converted.tensors.values():
+            tensor.zero_()
+        assert equal(checkpoint['model'], before)
+
+    def test_bad_checkpoint_is_an_error_that_can_be_caught(self):
+        with pytest.raises(CheckpointError, match=r'^the checkpoint holds no .*: it holds no tensor at all$'):
+            content_of({'epoch': 3})
+        fused = FASTVIT.backbone(FASTVIT.arch, deploy=True).state_dict()
+        with pytest.raises(CheckpointError, match=r"^a\.pth cannot get timm's names: .* fused further"):
+            convert(content_of(fused, 'a.pth'), 'timm')

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import SMALL, randomize
+from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel, MMDistributedDataParallel
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 import repvit_mm.hooks
 from repvit_mm import FuseOnDeployHook
-from repvit_mm.checkpoint import read_checkpoint
+from repvit_mm.checkpoint import CheckpointError, read_checkpoint, read_pickle
 from repvit_mm.reparam import reparam_blocks
 
 FUSE = dict(type='FuseOnDeployHook')
+WHOLE = dict(type='WholeCheckpointHook')
 
 
 class Net(BaseModel):
@@ -287,3 +289,62 @@ def test_distributed_wrapper(net, make_runner, tmp_path):
     assert metrics == pytest.approx(expected, rel=1e-4)
     assert watch.blocks['test'] == [0, 0]
     assert not reparam_blocks(net)
+
+
+class TestWholeCheckpoint:
+    """A checkpoint must have all that the backbone does not see to itself."""
+
+    @pytest.mark.parametrize(
+        ('prefix', 'hooks'),
+        [('module.', []), ('', [dict(type='EMAHook'), FUSE])],
+        ids=['wrapped for running in parallel', 'beside other hooks'],
+    )
+    def test_whole_file_is_taken_and_read_once(self, net, make_runner, tmp_path, monkeypatch, prefix, hooks):
+        expected = make_runner(copy.deepcopy(net)).test()
+        file = tmp_path / 'a.pth'
+        torch.save({'state_dict': {prefix + name: tensor for name, tensor in net.state_dict().items()}}, file)
+        net.head[1].weight.data.zero_()
+        reads = []
+        monkeypatch.setattr(
+            'repvit_mm.checkpoint.read_pickle', lambda *given: reads.append(given) or read_pickle(*given)
+        )
+        assert make_runner(net, WHOLE, *hooks, load_from=str(file)).test() == pytest.approx(expected, rel=1e-4)
+        assert len(reads) == 1
+
+    @pytest.mark.parametrize(
+        ('change', 'message'),
+        [
+            (lambda t: t.pop('head.1.bias'), r'missing: 1 \(head\.1\.bias\)$'),
+            (
+                lambda t: t.update({'head.1.weight': torch.zeros(2, 3)}),
+                r'of another shape: 1 \(head\.1\.weight: \(2, 3\) for \(1, \d+, 1, 1\)\)$',
+            ),
+            (
+                lambda t: [t.pop(name) for name in list(t) if name.startswith('head.')],
+                r'missing: 6 \(head\.0\.weight\)$',
+            ),
+        ],
+        ids=['missing', 'shape', 'backbone alone'],
+    )
+    def test_other_file_is_refused(self, net, make_runner, tmp_path, change, message):
+        """Without the hook MMEngine tests with what the file does not have at random."""
+        tensors = net.state_dict()
+        change(tensors)
+        torch.save({'state_dict': tensors}, tmp_path / 'a.pth')
+        options = dict(load_from=str(tmp_path / 'a.pth'))
+        make_runner(copy.deepcopy(net), **options).test()
+        with pytest.raises(
+            CheckpointError, match=rf'a\.pth is not of this config: outside the backbone tensors {message}'
+        ):
+            make_runner(net, WHOLE, **options).test()
+
+    def test_counters_and_other_tensors_do_not_matter(self, net, make_runner, tmp_path):
+        tensors = {name: t for name, t in net.state_dict().items() if not name.startswith('head.0.num_batches')}
+        torch.save({'state_dict': {**tensors, 'auxiliary_head.weight': torch.ones(1)}}, tmp_path / 'a.pth')
+        make_runner(net, WHOLE, load_from=str(tmp_path / 'a.pth')).test()
+
+    def test_file_without_tensors_is_named(self, net, make_runner, tmp_path):
+        torch.save({'state_dict': {}}, tmp_path / 'a.pth')
+        options = dict(load_from=str(tmp_path / 'a.pth'))
+        with pytest.raises(CheckpointError, match=r'checkpoint .*a\.pth is not of this config'):
+            make_runner(net, WHOLE, cfg=Config(options), **options).test()

@@ -22,7 +22,7 @@ CONFIGS = {
     'segmentor': ROOT / 'configs/seg/fpn_repvit_m0_6_shapes.py',
 }
 sys.path.append(str(TOOLS))
-reproduce = importlib.import_module('reproduce')
+launch_module, reproduce = map(importlib.import_module, ('_launch', 'reproduce'))
 
 
 def write_index(folder: Path, published: dict[str, dict[str, float]], configs: dict[str, Path]) -> Path:
@@ -47,7 +47,7 @@ FAKE = """
 import json, sys
 from pathlib import Path
 
-config, checkpoint, fuse, option, folder = sys.argv[1:]
+config, checkpoint, option, folder, fuse = sys.argv[1:]
 assert fuse == '--fuse' and option == '--work-dir' and Path(checkpoint).is_file()
 plan = json.loads(Path(config).read_text())
 print('testing', checkpoint)
@@ -67,7 +67,7 @@ class TestWithAFakeLauncher:
     def compare(self, tmp_path, monkeypatch, capfd):
         """Runs the tool on models of the given figures and plans; returns its table, and what it exits with."""
         (tmp_path / 'test.py').write_text(FAKE)
-        monkeypatch.setattr(reproduce, 'TOOLS', tmp_path)
+        monkeypatch.setattr(launch_module, 'TOOLS', tmp_path)
         monkeypatch.setenv('COLUMNS', '200')
 
         def run(published: dict, plans: dict, *arguments: str) -> tuple[str, str]:

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from repvit_mm.checkpoint import read_checkpoint
 from repvit_mm.datasets.shapes import write_shapes
-from repvit_mm.resume import UNFINISHED, ResumableCheckpointHook, fast_forward
+from repvit_mm.resume import UNFINISHED, ResumableCheckpointHook, fast_forward, random_state
 
 # Each run is a process of its own, forked from one that has made the slow imports.
 PROCESSES = multiprocessing.get_context('forkserver')
@@ -500,9 +500,31 @@ class Elsewhere(BaseStorageBackend):
 def test_other_stores_are_written_as_mmengine_does(tmp_path, args, expected):
     hook = ResumableCheckpointHook(backend_args=args)
     hub = MessageHub.get_instance('elsewhere')
-    runner = SimpleNamespace(work_dir=str(tmp_path), logger=logging.getLogger(), message_hub=hub, train_loop=None)
+    runner = SimpleNamespace(
+        work_dir=str(tmp_path), logger=logging.getLogger(), message_hub=hub, train_loop=None, iter=0
+    )
     hook.before_train(runner)
     assert hook.backend_args == {'backend': expected}
+
+
+@pytest.mark.parametrize(
+    ('iteration', 'states', 'restored', 'warned'),
+    [(0, 1, False, False), (3, 1, True, False), (3, 0, False, True), (3, 2, False, True), (0, 0, False, False)],
+    ids=['weights to start with', 'resumed', 'without states', 'of two processes', 'nothing loaded'],
+)
+def test_states_are_restored_in_a_run_that_goes_on(tmp_path, caplog, iteration, states, restored, warned):
+    hook = ResumableCheckpointHook()
+    hub = MessageHub.get_instance('goes_on')
+    runner = SimpleNamespace(
+        work_dir=str(tmp_path), logger=logging.getLogger(), message_hub=hub, train_loop=None, iter=iteration
+    )
+    torch.manual_seed(1)
+    checkpoint = {'random_state': [random_state()] * states} if states else {}
+    saved = torch.rand(3)
+    hook.after_load_checkpoint(runner, checkpoint)
+    hook.before_train(runner)
+    assert torch.equal(torch.rand(3), saved) is restored
+    assert (f'holds the random states of {states} processes, this run has 1' in caplog.text) is warned
 
 
 class Counted(Dataset):

@@ -263,7 +263,15 @@ WRONG = {
     'folder for a checkpoint': (['test.py', DETECTION, 'data'], ['checkpoint data is a folder']),
     'checkpoint of another task': (
         ['test.py', DETECTION, 'heads.pth'],
-        ['checkpoint heads.pth is not of this config', 'tensors outside the backbone do not fit', 'nothing'],
+        ['checkpoint heads.pth is not of this config: outside the backbone tensors missing: '],
+    ),
+    'checkpoint without tensors': (
+        ['test.py', DETECTION, 'exists.pth'],
+        ['checkpoint exists.pth is not of this config: outside the backbone tensors missing: '],
+    ),
+    'checkpoint of other classes': (
+        ['test.py', SEGMENTATION, 'classes.pth', '--fuse'],
+        ['of another shape: 1 (decode_head.conv_seg.weight: (7, 128, 1, 1) for (', 'missing: '],
     ),
     'checkpoint that would run code': (
         ['test.py', DETECTION, 'evil.pth'],
@@ -323,6 +331,7 @@ class Evil:
 def wrong_folder(folder):
     torch.save({'state_dict': {}}, folder / 'exists.pth')
     torch.save({'state_dict': {'decode_head.conv_seg.weight': torch.zeros(1)}}, folder / 'heads.pth')
+    torch.save({'decode_head.conv_seg.weight': torch.zeros(7, 128, 1, 1)}, folder / 'classes.pth')
     torch.save({'state_dict': {}, 'meta': Evil()}, folder / 'evil.pth')
     torch.save(RepViT('m0_9').state_dict(), folder / 'm0_9.pth')
     (folder / 'page.pth').write_text('<html>not found</html>')

@@ -2,8 +2,10 @@
 
 import argparse
 import difflib
+import json
 import logging
 import os
+import subprocess
 import sys
 import traceback
 import warnings
@@ -21,9 +23,12 @@ from mmengine.registry import RUNNERS  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
 try:
-    from repvit_mm.checkpoint import TRUSTED, CheckpointError, check_file, download
+    from repvit_mm.checkpoint import CheckpointError, check_file, download
+    from repvit_mm.messages import one_line
 except ImportError as error:
     sys.exit(f'{error} (a checkout is installed by: pip install -e .)')
+
+TOOLS = Path(__file__).resolve().parent
 
 TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation'}
 """Default scope of a config -> its task."""
@@ -82,12 +87,6 @@ def read_config(path: Path, options: dict[str, Any]) -> Config:
     if cfg.get('default_scope') not in TASKS:
         sys.exit(f'config {path} has default_scope={cfg.get("default_scope")!r}: expected one of {", ".join(TASKS)}')
     return cfg
-
-
-def one_line(error: Exception) -> str:
-    """An exception's message on one line, with its type where the message alone would not say much."""
-    text = ' '.join(str(error).split())
-    return text if len(text) > 20 else f'{type(error).__name__}: {text}'
 
 
 def build_runner(cfg: Config, *loops: str) -> Runner:
@@ -195,6 +194,36 @@ def is_first_process() -> bool:
     return int(next((rank for rank in ranks if rank is not None), 0)) == 0
 
 
-def trust(*paths: str | None) -> None:
-    """Let these files run code as they are read, as ``--trust-checkpoint`` says."""
-    TRUSTED.update(str(Path(path).expanduser()) for path in paths if path)
+class ToolError(Exception):
+    """Another launcher failed; the message is one line that says why."""
+
+
+def run_tool(name: str, *arguments: str | Path) -> None:
+    """Run another launcher, whose output is shown.
+
+    Raises:
+        ToolError: if it fails, with the last line that it said.
+    """
+    command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
+    print('+ python', *command[1:], flush=True)
+    last = ''
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            sys.stderr.write(line)
+            last = line.strip() or last
+    if process.returncode:
+        raise ToolError(last or f'tools/{name} ended with status {process.returncode}')
+
+
+def run_test(config: Path, checkpoint: Path, work_dir: Path, *options: str | Path) -> dict[str, float]:
+    """Test with ``test.py`` and return the metrics that it wrote.
+
+    Raises:
+        ToolError: if it fails, or if it wrote none.
+    """
+    before = set(work_dir.glob('*/*.json'))
+    run_tool('test.py', config, checkpoint, '--work-dir', work_dir, *options)
+    written = set(work_dir.glob('*/*.json')) - before
+    if len(written) != 1:
+        raise ToolError(f'tools/test.py left no metrics in {work_dir}')
+    return json.loads(written.pop().read_text())

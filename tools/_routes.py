@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from _bench import relative_error
-from _launch import one_line
 from torch import Tensor, nn
 
 from repvit_mm import switch_to_deploy
 from repvit_mm.backbone import ReparamBackbone
+from repvit_mm.messages import one_line
 from repvit_mm.reparam import plain_formulation
 
 OPSET = 17

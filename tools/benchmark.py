@@ -29,7 +29,7 @@ from _bench import (
     show,
     write_json,
 )
-from _launch import check_checkpoint, one_line, read_config
+from _launch import check_checkpoint, read_config
 from _routes import ROUTES, LeftOut, Route, Source, WrongRoute, check, fused_copy, plain_copy
 from mmengine.config import Config, DictAction
 from mmengine.model.utils import revert_sync_batchnorm
@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from repvit_mm import switch_to_deploy
 from repvit_mm.backbone import ReparamBackbone
 from repvit_mm.checkpoint import CheckpointError
+from repvit_mm.messages import one_line
 from repvit_mm.reparam import reparam_blocks
 
 PRECISIONS = {

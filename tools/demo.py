@@ -1,9 +1,7 @@
 """Train, test, fuse and test again on the shapes data set: python tools/demo.py (or: make demo)."""
 
 import copy
-import json
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -11,7 +9,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from _launch import build_runner
+from _launch import TOOLS, ToolError, build_runner, run_test, run_tool
 from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +18,6 @@ from torch import nn
 from repvit_mm import switch_to_deploy
 from repvit_mm.reparam import reparam_blocks
 
-TOOLS = Path(__file__).resolve().parent
 CONFIGS = TOOLS.parent / 'configs'
 OUT = Path('work_dirs/demo')
 PICTURES = 8
@@ -72,21 +69,6 @@ TASKS = (
 )
 
 
-def call(tool: str, *arguments: str | Path) -> None:
-    """Run another launcher; its failure is the demo's."""
-    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
-    print('+ python', *command[1:], flush=True)
-    if subprocess.run(command, check=False).returncode:
-        sys.exit(f'the demo stops here: {tool} failed')
-
-
-def test(task: Task, checkpoint: Path, folder: Path, *options: str | Path) -> dict[str, float]:
-    """Test with tools/test.py and return the metrics that it wrote."""
-    call('test.py', task.config, checkpoint, '--work-dir', folder, *options)
-    (scalars,) = folder.glob('*/*.json')
-    return json.loads(scalars.read_text())
-
-
 def time_networks(networks: list[nn.Module], batches: list[dict]) -> list[float]:
     """Median milliseconds an image of each network, interleaved image by image."""
     times: list[list[float]] = [[] for _ in networks]
@@ -119,12 +101,13 @@ def run(task: Task) -> Outcome:
     """Train, test, fuse, test again, take pictures and measure."""
     folder = OUT / task.name
     shutil.rmtree(folder, ignore_errors=True)
-    call('train.py', task.config, '--work-dir', folder, '--seed', '0')
+    run_tool('train.py', task.config, '--work-dir', folder, '--seed', '0')
     checkpoint = Path((folder / 'last_checkpoint').read_text())
-    before = test(task, checkpoint, folder / 'unfused')
-    after = test(task, checkpoint, folder / 'fused', '--fuse')
+    before = run_test(task.config, checkpoint, folder / 'unfused')
+    after = run_test(task.config, checkpoint, folder / 'fused', '--fuse')
     few = f'test_dataloader.dataset.indices={PICTURES}'
-    test(task, checkpoint, folder / 'few', '--fuse', '--show-dir', folder / 'pictures', '--cfg-options', few)
+    show = ['--show-dir', folder / 'pictures', '--cfg-options', few]
+    run_test(task.config, checkpoint, folder / 'few', '--fuse', *show)
     outcome = Outcome()
     for label, (name, factor) in task.metrics.items():
         outcome.metrics[label] = [factor * before[name], factor * after[name]]
@@ -163,8 +146,11 @@ def shortcomings(outcomes: dict[str, Outcome]) -> list[str]:
 
 def main() -> None:
     """Run the demo."""
-    call('make_shapes.py')
-    outcomes = {task.name: run(task) for task in TASKS}
+    try:
+        run_tool('make_shapes.py')
+        outcomes = {task.name: run(task) for task in TASKS}
+    except ToolError as error:
+        sys.exit(f'the demo stops here: {error}')
     report(outcomes)
     if found := shortcomings(outcomes):
         sys.exit('the demo did not reach what it should: ' + '; '.join(found))

@@ -2,30 +2,24 @@
 
 import argparse
 import difflib
-import json
 import math
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from _launch import one_line
+from _launch import TOOLS, ToolError, run_test
 from rich.console import Console
 from rich.table import Table
 
 from repvit_mm.checkpoint import CheckpointError, download
+from repvit_mm.messages import one_line
 
-TOOLS = Path(__file__).resolve().parent
 METRICS = {'box AP': ('coco/bbox_mAP', 100), 'mask AP': ('coco/segm_mAP', 100), 'mIoU': ('mIoU', 1)}
 """Metric in the model index -> its name in a test run, and the factor that makes that a percentage."""
 TOLERANCE = 0.1
 """Largest difference, in points, that counts as reproduced: what the published figures are rounded to."""
-
-
-class RunError(Exception):
-    """A released model could not be tested; the message is one line that says why."""
 
 
 @dataclass(frozen=True)
@@ -90,39 +84,23 @@ def fetch(entry: Entry, folder: Path | None) -> Path:
     """Where a model's checkpoint lies; it is downloaded unless a folder is given.
 
     Raises:
-        RunError: if it cannot be had.
+        CheckpointError: if it cannot be had.
     """
     if folder is None:
-        try:
-            return download(entry.weights)
-        except CheckpointError as error:
-            raise RunError(str(error)) from None
+        return download(entry.weights)
     path = folder / entry.weights.rpartition('/')[2]
     if not path.is_file():
-        raise RunError(f'checkpoint {path} not found; it is at {entry.weights}')
+        raise CheckpointError(f'checkpoint {path} not found; it is at {entry.weights}')
     return path
 
 
 def test(entry: Entry, checkpoint: Path, folder: Path) -> dict[str, float]:
-    """Test with tools/test.py, whose output is shown, and return the metrics that it wrote, in percent.
+    """The metrics of a model, fused, in percent.
 
     Raises:
-        RunError: if it fails, with the last line that it said, or if it wrote no metrics.
+        ToolError: if the test fails.
     """
-    before = set(folder.glob('*/*.json'))
-    command = [sys.executable, TOOLS / 'test.py', entry.config, checkpoint, '--fuse', '--work-dir', folder]
-    print('+ python', *command[1:], flush=True)
-    last = ''
-    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr:
-            sys.stderr.write(line)
-            last = line.strip() or last
-    if process.returncode:
-        raise RunError(last or f'tools/test.py ended with status {process.returncode}')
-    written = set(folder.glob('*/*.json')) - before
-    if len(written) != 1:
-        raise RunError(f'tools/test.py left no metrics in {folder}')
-    scalars = json.loads(written.pop().read_text())
+    scalars = run_test(entry.config, checkpoint, folder, '--fuse')
     return {metric: factor * scalars[name] for metric, (name, factor) in METRICS.items() if name in scalars}
 
 
@@ -150,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for entry in choose(read_index(args.index), args.names):
         try:
             measured = test(entry, fetch(entry, args.folder), args.work_dir / entry.name)
-        except RunError as error:
+        except (CheckpointError, ToolError) as error:
             compare(entry, {}, table)
             shortcomings.append(f'{entry.name}: {error}')
         else:

@@ -10,13 +10,12 @@ from _launch import (
     check_data,
     load_config,
     prepare_pretrained,
-    trust,
 )
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.runner import find_latest_checkpoint
 
-from repvit_mm.checkpoint import CheckpointError, read_checkpoint
+from repvit_mm.checkpoint import CheckpointError, read_checkpoint, trust
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,7 +57,7 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if args.trust_checkpoint:
-        trust(cfg.get('load_from'), args.pretrained)
+        trust(*filter(None, (cfg.get('load_from'), args.pretrained)))
     if cfg.get('load_from'):
         check_checkpoint(cfg.load_from, '--resume' if args.resume else 'load_from')
         if args.resume:

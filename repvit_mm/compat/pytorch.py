@@ -1,21 +1,50 @@
 """What reaches into private parts of torch, each with its reason. Seen with torch 2.13.0."""
 
+import pickle
+import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# The one class that all BatchNorms have in common, SyncBatchNorm and those of other dimensions too.
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 # Tensors compare element by element, so the weak dictionaries of the standard library cannot hold them as keys.
 from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
+    'BatchNorm',
+    'NotifiedModule',
     'WeakTensorKeyDictionary',
     'conv_backward',
+    'draw_indices',
     'gelu_',
+    'refused_global',
     'tensors_of',
     'tree_of',
+    'unpickling_reason',
     'version',
 ]
+
+
+class NotifiedModule(nn.Module):
+    """A module that is told when its tensors are moved, cast or loaded, for which torch has no common hook.
+
+    A move or a cast changes neither the identity of a parameter nor its version.
+    """
+
+    def tensors_change(self) -> None:
+        """Called before it happens."""
+
+    def _apply(self, *args: Any, **kwargs: Any) -> 'NotifiedModule':
+        self.tensors_change()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.tensors_change()
+        super()._load_from_state_dict(*args)
 
 
 def tree_of(module: nn.Module) -> list[nn.Module]:
@@ -59,3 +88,29 @@ def conv_backward(
     return torch.ops.aten.convolution_backward(
         grad, x, weight, bias_shape, strides, paddings, [1, 1], False, [0, 0], groups, needed
     )
+
+
+def draw_indices(batches: Iterator) -> None:
+    """Pass over the next batch of a data loader's iterator by drawing its indices alone.
+
+    A data loader has no public way to leave out batches without making them.
+
+    Raises:
+        StopIteration: at the end of the data.
+    """
+    batches._next_index()
+
+
+def refused_global(error: pickle.UnpicklingError) -> str | None:
+    """The function or class that a file refers to and that reading with ``weights_only`` refused, if that is why.
+
+    The error carries it in its message alone; ``get_unsafe_globals_in_checkpoint`` cannot read files older than 1.6.
+    """
+    match = re.search(r'GLOBAL (\S+)', str(error))
+    return match[1] if match else None
+
+
+def unpickling_reason(error: pickle.UnpicklingError) -> str:
+    """Why reading with ``weights_only`` failed, without torch's advice before and after it to read without."""
+    reason = str(error).rpartition('WeightsUnpickler error:')[2].partition('Check the documentation')[0]
+    return ' '.join(reason.split())

@@ -1,0 +1,143 @@
+"""What reaches into private parts of MMEngine, each with its reason. Seen with mmengine 0.10.7.
+
+Two classes of MMEngine do in the midst of one method what has to be done otherwise. They stand here with that method
+written anew, and what their subclasses may change is a public method of its own.
+"""
+
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mmengine.runner.checkpoint
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook
+from mmengine.runner import IterBasedTrainLoop, Runner
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..files import write_whole
+
+
+def offer_configs(package: str, module: str) -> None:
+    """Let configs inherit from a package's: ``_base_ = '<package>::...'``.
+
+    MMEngine has a fixed table of the packages that it knows, by the names of their distributions. An editable install
+    has no files where it looks a distribution up; the name of a module leads it to the package itself.
+    """
+    MODULE2PACKAGE.setdefault(package, module)
+
+
+def replace_reader_of_addresses(reader: Callable) -> None:
+    """Put a function in the place of ``load_from_http``.
+
+    The registered readers of ``torchvision://``, ``open-mmlab://``, ``mmcls://`` and the like call it by this name.
+    """
+    mmengine.runner.checkpoint.load_from_http = reader
+
+
+def iterator_within(batches: Iterator, dataloader: DataLoader) -> Iterator:
+    """Torch's iterator inside the endless one of an iteration-based loop, which offers whole batches alone."""
+    if batches._iterator is None:  # the forks of MMEngine make it late
+        batches._iterator = iter(dataloader)
+    return batches._iterator
+
+
+class SavingBeforeRemovingHook(CheckpointHook):
+    """MMEngine's hook in an order that survives being killed.
+
+    MMEngine removes outdated checkpoints before it saves the next one, in two private methods. Here the order is: the
+    checkpoint, ``last_checkpoint``, which is there whole or not at all, the removal.
+    """
+
+    def before_save(self, runner: Runner) -> None:
+        """Called in every process before a checkpoint to resume from is saved; not before a best checkpoint."""
+
+    def after_save(self, runner: Runner) -> None:
+        """Called in every process once a checkpoint to resume from is saved."""
+
+    def remove(self, path: str) -> bool:
+        """Remove a checkpoint, a folder if DeepSpeed wrote it; returns whether it was there."""
+        if self.file_backend.isfile(path):
+            self.file_backend.remove(path)
+        elif self.file_backend.isdir(path):
+            self.file_backend.rmtree(path)
+        else:
+            return False
+        return True
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        kept = []
+        if self.max_keep_ckpts > 0:
+            # The file to remove is named in the checkpoint: a run killed before it is gone removes it as it resumes.
+            kept = [*(other for other in self.keep_ckpt_ids if other != step), step]
+            runner.message_hub.update_info('keep_ckpt_ids', kept)
+        filename = self.filename_tmpl.format(step)
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, filename)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+
+        self.before_save(runner)
+        runner.save_checkpoint(
+            self.out_dir,
+            filename,
+            self.file_client_args,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        self.after_save(runner)
+        if is_main_process():
+            write_whole(Path(runner.work_dir, 'last_checkpoint'), self.last_ckpt.encode())
+            for outdated in kept[: -self.max_keep_ckpts]:
+                self.remove(self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(outdated)))
+        if kept:
+            self.keep_ckpt_ids = deque(kept, self.max_keep_ckpts)
+            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        """As MMEngine's, which removes the previous best files that it knows of first: here it knows of none."""
+        if not self.save_best:
+            return
+        several = len(self.key_indicators) > 1
+        paths = self.best_ckpt_path_dict if several else vars(self)
+        names = self.key_indicators if several else ['best_ckpt_path']
+        previous = {name: paths[name] for name in names}
+        paths.update(dict.fromkeys(names))
+        super()._save_best_checkpoint(runner, metrics)
+        for name, path in previous.items():
+            if paths[name] is None:
+                paths[name] = path
+            elif path and path != paths[name] and is_main_process() and self.remove(path):
+                runner.logger.info(f'The previous best checkpoint {path} is removed')
+
+
+class SkippingIterBasedTrainLoop(IterBasedTrainLoop):
+    """MMEngine's loop, in which passing over the data that was trained on is a method.
+
+    MMEngine does it within ``run``, by making each batch; its forks do it in another way.
+    """
+
+    @abstractmethod
+    def skip_trained_data(self) -> None:
+        """Called as a resumed run begins: after it ``dataloader_iterator`` gives what follows ``iter`` batches."""
+
+    def run(self) -> nn.Module:
+        """Train; returns the model."""
+        self.runner.call_hook('before_train')
+        self.runner.call_hook('before_train_epoch')
+        if self.iter > 0:
+            self.skip_trained_data()
+        while self.iter < self.max_iters and not self.stop_training:
+            self.runner.model.train()
+            self.run_iter(next(self.dataloader_iterator))
+            self._decide_current_val_interval()
+            validate = self.iter % self.val_interval == 0 or self.iter == self.max_iters
+            if self.runner.val_loop is not None and self.iter >= self.val_begin and validate:
+                self.runner.val_loop.run()
+        self.runner.call_hook('after_train_epoch')
+        self.runner.call_hook('after_train')
+        return self.runner.model

@@ -1,0 +1,101 @@
+"""What reaches into private parts of the frameworks does what it is there for."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.runner import CheckpointLoader
+from torch import nn
+
+import repvit_mm
+from repvit_mm.checkpoint import CheckpointError, cached
+from repvit_mm.compat.openmmlab import offer_configs
+from repvit_mm.compat.pytorch import NotifiedModule, refused_global, unpickling_reason
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ('was_made',)
+
+
+def refusal(path: Path) -> pickle.UnpicklingError:
+    """What reading with ``weights_only`` raises."""
+    with pytest.raises(pickle.UnpicklingError) as error:
+        torch.load(path, weights_only=True)
+    return error.value
+
+
+@pytest.mark.parametrize('archive', [True, False], ids=['today', 'before 1.6'])
+def test_refused_function_is_named(tmp_path, archive):
+    torch.save(Payload(), tmp_path / 'a.pth', _use_new_zipfile_serialization=archive)
+    assert refused_global(refusal(tmp_path / 'a.pth')) == 'posix.mkdir'
+
+
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
+def test_reason_comes_without_advice_to_read_unsafely(tmp_path):
+    (tmp_path / 'a.pth').write_bytes(pickle.dumps({'a': 1}, protocol=4))
+    error = refusal(tmp_path / 'a.pth')
+    assert '`weights_only` set to `False`' in str(error)
+    assert refused_global(error) is None
+    assert unpickling_reason(error) == 'Unsupported operand 149'
+    assert unpickling_reason(pickle.UnpicklingError('some\nother text')) == 'some other text'
+
+
+@pytest.mark.parametrize('address', ['open-mmlab://vgg16_caffe', 'mmcls://vgg11'])
+def test_readers_of_model_zoos_run_nothing(tmp_path, monkeypatch, address):
+    """Each of them fetches from an address of its own; here the file has been fetched before."""
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path))
+    fetched = []
+
+    def fetch(address: str, target: str) -> None:
+        fetched.append(target)
+        torch.save(Payload(), target)
+
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', fetch)
+    with pytest.raises(CheckpointError, match=r'refers to posix\.mkdir'):
+        CheckpointLoader.load_checkpoint(address)
+    assert fetched == [str(cached(fetched[0].rpartition('/')[2]))] and not Path('was_made').exists()
+
+
+def test_configs_of_a_package_can_be_inherited_from(tmp_path, monkeypatch):
+    package = tmp_path / 'my_package'
+    (package / '.mim/configs/sub').mkdir(parents=True)
+    (package / '__init__.py').touch()
+    (package / 'part.py').touch()
+    (package / '.mim/model-index.yml').write_text('Import: []\n')
+    (package / '.mim/configs/sub/base.py').write_text('a = 1\n')
+    (tmp_path / 'config.py').write_text("_base_ = 'my_package::sub/base.py'\nb = 2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Exception, match='my_package'):
+        Config.fromfile(tmp_path / 'config.py')
+    offer_configs('my_package', 'my_package.part')
+    cfg = Config.fromfile(tmp_path / 'config.py')
+    assert (cfg.a, cfg.b) == (1, 2)
+
+
+def test_module_is_told_before_its_tensors_change():
+    class Told(NotifiedModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 1)
+            self.weights: list[torch.Tensor] = []
+
+        def tensors_change(self) -> None:
+            self.weights.append(self.layer.weight.detach().clone())
+
+    told = Told()
+    nn.Sequential(told).double()
+    assert [weight.dtype for weight in told.weights] == [torch.float32]
+    state = {name: tensor + 1 for name, tensor in told.state_dict().items()}
+    told.load_state_dict(state)
+    assert torch.equal(told.weights[1] + 1, told.layer.weight)
+
+
+def test_package_offers_its_own_configs():
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    assert MODULE2PACKAGE['repvit_mm'] == 'repvit_mm.repvit'
+    assert Config.fromfile(Path(repvit_mm.__file__).parents[1] / 'configs/seg/fpn_repvit_m0_6_shapes.py').model

@@ -1,0 +1,43 @@
+"""Launchers that run other launchers."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / 'tools'))
+_launch, demo = map(importlib.import_module, ('_launch', 'demo'))
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch) -> Path:
+    """A folder in the place of ``tools/``."""
+    monkeypatch.setattr(_launch, 'TOOLS', tmp_path)
+    return tmp_path
+
+
+def test_output_is_shown(tools, capfd):
+    (tools / 'tool.py').write_text("import sys\nprint('out', *sys.argv[1:])\nprint('err', file=sys.stderr)\n")
+    _launch.run_tool('tool.py', '--option', Path('a/b'))
+    out, err = capfd.readouterr()
+    assert out == f'+ python {tools}/tool.py --option a/b\nout --option a/b\n' and err == 'err\n'
+
+
+@pytest.mark.parametrize(
+    ('program', 'message'),
+    [
+        ("import sys\nprint('a warning', file=sys.stderr)\nsys.exit('no room\\n\\n')", r'^no room$'),
+        ('raise SystemExit(3)', r'^tools/tool\.py ended with status 3$'),
+    ],
+)
+def test_failure_is_told_by_its_last_line(tools, program, message):
+    (tools / 'tool.py').write_text(program)
+    with pytest.raises(_launch.ToolError, match=message):
+        _launch.run_tool('tool.py')
+
+
+def test_demo_stops_where_a_launcher_fails(tools):
+    (tools / 'make_shapes.py').write_text("raise SystemExit('no room')")
+    with pytest.raises(SystemExit, match=r'^the demo stops here: no room$'):
+        demo.main()
