@@ -104,3 +104,47 @@ FASTVIT_SPECS = {
     'sa36': FastViTSpec((64, 128, 256, 512), (6, 6, 18, 6), attention=True, layer_scale=1e-6),
     'ma36': FastViTSpec((76, 152, 304, 608), (6, 6, 18, 6), attention=True, layer_scale=1e-6),
 }
+
+
+@dataclass(frozen=True)
+class MobileOneSpec:
+    """Widths and depths of a MobileOne.
+
+    Args:
+        channels: Channels of the four stages.
+        depths: Blocks of the four stages, each a 3x3 depthwise and a 1x1 convolution; the first of a stage has stride 2.
+        num_convs: Convolution branches of each convolution behind the stem, which has one.
+        se_depths: How many of each stage's last blocks have squeeze-and-excitation.
+
+    Raises:
+        ValueError: if a field cannot be; names it.
+    """
+
+    channels: tuple[int, int, int, int]
+    depths: tuple[int, int, int, int]
+    num_convs: int = 1
+    se_depths: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    def __post_init__(self) -> None:
+        check_four('channels', self.channels)
+        check_four('depths', self.depths)
+        if not isinstance(self.num_convs, int) or self.num_convs < 1:
+            raise ValueError(f'num_convs={self.num_convs!r}: expected a positive integer')
+        possible = [range(depth + 1) for depth in self.depths]
+        if len(self.se_depths) != 4 or any(n not in upto for n, upto in zip(self.se_depths, possible, strict=True)):
+            raise ValueError(f'se_depths={self.se_depths!r}: expected four integers from 0 to depths={self.depths!r}')
+
+    @property
+    def stem_channels(self) -> int:
+        """Channels of the stem."""
+        return min(64, self.channels[0])
+
+
+# Source: https://arxiv.org/abs/2206.04040, tables 2 and 3: 64, 128, 256 and 512 channels times a width multiplier.
+MOBILEONE_SPECS = {
+    's0': MobileOneSpec((48, 128, 256, 1024), (2, 8, 10, 1), num_convs=4),
+    's1': MobileOneSpec((96, 192, 512, 1280), (2, 8, 10, 1)),
+    's2': MobileOneSpec((96, 256, 640, 2048), (2, 8, 10, 1)),
+    's3': MobileOneSpec((128, 320, 768, 2048), (2, 8, 10, 1)),
+    's4': MobileOneSpec((192, 448, 896, 2048), (2, 8, 10, 1), se_depths=(0, 0, 5, 1)),
+}
