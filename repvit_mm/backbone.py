@@ -20,6 +20,7 @@ from .loading import FAMILIES, find_backbone, fit
 from .names import Naming
 from .recompute import runs_eagerly
 from .reparam import ReparamBlock, kernels_together, reparam_blocks, switch_to_deploy
+from .specs import Top1
 
 NUM_STAGES = 4
 
@@ -155,6 +156,8 @@ class ReparamBackbone(BaseModule, ABC):
     """
 
     specs: ClassVar[Mapping[str, Any]]
+    top1: ClassVar[Mapping[str, Top1]]
+    """Published accuracy of those variants that have one."""
     spec_type: ClassVar[type]
     taps: ClassVar[Mapping[str, int]] = {'stage_end': 0}
     """Name of a tap -> how many blocks before the end of stages 0 to 2 it lies."""

@@ -35,7 +35,7 @@ from .reparam import (
     scale_kernel,
     subtract_kernel,
 )
-from .specs import FASTVIT_SPECS, HEAD_CHANNELS, FastViTSpec
+from .specs import FASTVIT_SPECS, FASTVIT_TOP1, HEAD_CHANNELS, FastViTSpec
 
 
 class RepMixer(ReparamBlock):
@@ -235,6 +235,7 @@ class FastViT(ReparamBackbone):
     """
 
     specs = FASTVIT_SPECS
+    top1 = FASTVIT_TOP1
     spec_type = FastViTSpec
     naming = FASTVIT_NAMES
     optional: ClassVar = {'out_norms.': 'it has output norms: set out_norm=True or take another file'}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .backbone import ReparamBackbone
 from .layers import MobileOneBlock, ReLU, SqueezeExcite
 from .names import MOBILEONE_NAMES
-from .specs import MOBILEONE_SPECS, MobileOneSpec
+from .specs import MOBILEONE_SPECS, MOBILEONE_TOP1, MobileOneSpec
 
 
 class Layer(nn.Module):
@@ -66,6 +66,7 @@ class MobileOne(ReparamBackbone):
     """
 
     specs = MOBILEONE_SPECS
+    top1 = MOBILEONE_TOP1
     spec_type = MobileOneSpec
     naming = MOBILEONE_NAMES
 
