@@ -158,7 +158,8 @@ class SqueezeExcite(nn.Module):
         return self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
-        return recomputable(torch.mul, x, self.gate(x))
+        gate = self.gate(x)
+        return x * gate if recipe_of(x) is None else recomputable(torch.mul, x, gate)
 
 
 class StochasticDepth(nn.Module):
