@@ -19,6 +19,7 @@ from .loading import FAMILIES, Found, find_backbone, fit
 from .names import Naming
 from .recompute import runs_eagerly
 from .reparam import ReparamBlock, kernels_together, reparam_blocks, switch_to_deploy
+from .specs import Top1
 
 NUM_STAGES = 4
 
@@ -123,7 +124,7 @@ class Stage(nn.Sequential):
 
 
 class ReparamBackbone(BaseModule, ABC):
-    """A stem and four stages of blocks with maps at strides 4, 8, 16 and 32.
+    """A stem and four stages of blocks; the maps behind the stages have strides 4, 8, 16 and 32.
 
     A subclass says what its stem and its stages are made of; options, taps, freezing, checkpoint names and deployment
     are the same for all and live here. Stages and blocks behind the last tap are not built: their parameters would
@@ -133,7 +134,8 @@ class ReparamBackbone(BaseModule, ABC):
         arch: Name of a variant in ``specs``, or a dict with the fields of ``spec_type`` for one of your own.
         out_indices: Stages whose maps are returned, increasing, from 0 to 3.
         tap: Which block of a stage gives its map, a key of ``taps``.
-        drop_path_rate: Stochastic depth of the last block, in [0, 1); it grows linearly from 0 over the blocks.
+        drop_path_rate: Stochastic depth of the last block, in [0, 1); it grows linearly from 0 over the blocks. A
+            network without residual branches takes 0 only.
         norm_eval: Keep all BatchNorm statistics frozen during training; weights and biases go on learning.
         frozen_stages: -1 freezes nothing, 0 the stem, k also the first k stages: statistics and parameters.
         with_cp: Recompute each block in the backward pass instead of keeping its maps.
@@ -153,6 +155,8 @@ class ReparamBackbone(BaseModule, ABC):
     """
 
     specs: ClassVar[Mapping[str, Any]]
+    top1: ClassVar[Mapping[str, Top1]]
+    """Published accuracy of those variants that have one."""
     spec_type: ClassVar[type]
     taps: ClassVar[Mapping[str, int]] = {'stage_end': 0}
     """Name of a tap -> how many blocks before the end of stages 0 to 2 it lies."""
@@ -205,6 +209,10 @@ class ReparamBackbone(BaseModule, ABC):
 
         self.stem = self._make_stem()
         lengths = self._residual_lengths()
+        if drop_path_rate > 0 and not any(lengths):
+            raise ValueError(
+                f'drop_path_rate={drop_path_rate}: expected 0, {type(self).__name__} has no residual branches to drop'
+            )
         last = max(sum(lengths) - 1, 1)
         rates = iter([drop_path_rate * position / last for position in range(sum(lengths))])
         stages = [
@@ -246,11 +254,11 @@ class ReparamBackbone(BaseModule, ABC):
 
     @abstractmethod
     def _make_stem(self) -> nn.Module:
-        """The stem, ``(N, 3, H, W)`` to ``(N, C, ceil(H / 4), ceil(W / 4))``."""
+        """The stem, ``(N, 3, H, W)`` to a map of stride 2 or 4."""
 
     @abstractmethod
     def _make_stage(self, index: int, drop_path_rates: Sequence[float]) -> list[nn.Module]:
-        """The blocks of one stage; the first one of stages 1 to 3 halves the map.
+        """The blocks of one stage; the map behind them has stride ``4 * 2 ** index``.
 
         Args:
             index: The stage, from 0 to 3.

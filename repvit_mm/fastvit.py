@@ -13,7 +13,17 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from .backbone import ReparamBackbone
-from .layers import GELU, ChannelLinear, Conv1x1, ConvBN, LayerScale, NormLinear, StochasticDepth, add_residual
+from .layers import (
+    GELU,
+    ChannelLinear,
+    Conv1x1,
+    ConvBN,
+    LayerScale,
+    MobileOneBlock,
+    NormLinear,
+    StochasticDepth,
+    add_residual,
+)
 from .names import FASTVIT_NAMES
 from .reparam import (
     Kernel,
@@ -25,54 +35,7 @@ from .reparam import (
     scale_kernel,
     subtract_kernel,
 )
-from .specs import FASTVIT_SPECS, HEAD_CHANNELS, FastViTSpec
-
-
-class MobileOneBlock(ReparamBlock):
-    """Convolution branches, a 1x1 branch and a skip branch, each with its own BatchNorm, summed.
-
-    The 1x1 branch is there if the kernel is larger, the skip branch if the shape stays. The linear part alone of
-    MobileOne's block (https://arxiv.org/abs/2206.04040): what activates its output stands behind it.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Height and width of the convolution branches' kernels, odd.
-        stride: Stride of the block.
-        groups: Groups of its convolutions.
-        num_convs: Number of convolution branches, at least 1.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        groups: int = 1,
-        num_convs: int = 1,
-    ) -> None:
-        super().__init__(stride, kernel_size // 2, groups)
-        self.convs = nn.ModuleList(
-            ConvBN(in_channels, out_channels, kernel_size, stride, groups) for _ in range(num_convs)
-        )
-        self.scale = ConvBN(in_channels, out_channels, 1, stride, groups) if kernel_size > 1 else None
-        self.skip = nn.BatchNorm2d(in_channels) if in_channels == out_channels and stride == 1 else None
-
-    def branches(self, x: Tensor) -> Tensor:
-        y = self.convs[0](x)
-        for branch in (*self.convs[1:], self.scale, self.skip):
-            if branch is not None:
-                y = y + branch(x)
-        return y
-
-    def equivalent_kernel(self) -> Kernel:
-        kernels = [conv.equivalent_kernel() for conv in self.convs]
-        if self.scale is not None:
-            kernels.append(self.scale.equivalent_kernel())
-        if self.skip is not None:
-            kernels.append(fold_norm(identity_kernel(kernels[0]), self.skip))
-        return add_kernels(*kernels)
+from .specs import FASTVIT_SPECS, FASTVIT_TOP1, HEAD_CHANNELS, FastViTSpec
 
 
 class RepMixer(ReparamBlock):
@@ -272,6 +235,7 @@ class FastViT(ReparamBackbone):
     """
 
     specs = FASTVIT_SPECS
+    top1 = FASTVIT_TOP1
     spec_type = FastViTSpec
     naming = FASTVIT_NAMES
     optional: ClassVar = {'out_norms.': 'it has output norms: set out_norm=True or take another file'}

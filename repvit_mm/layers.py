@@ -6,7 +6,16 @@ from torch import Tensor, nn
 
 from .compat.pytorch import gelu_
 from .recompute import convolve, recipe_of, recomputable, runs_eagerly
-from .reparam import Kernel, ReparamBlock, conv_kernel, fold_norm, fold_norm_before, scale_kernel
+from .reparam import (
+    Kernel,
+    ReparamBlock,
+    add_kernels,
+    conv_kernel,
+    fold_norm,
+    fold_norm_before,
+    identity_kernel,
+    scale_kernel,
+)
 
 
 class ConvBN(ReparamBlock):
@@ -42,6 +51,53 @@ class ConvBN(ReparamBlock):
         return fold_norm(conv_kernel(self.conv), self.bn)
 
 
+class MobileOneBlock(ReparamBlock):
+    """Convolution branches, a 1x1 branch and a skip branch, each with its own BatchNorm, summed.
+
+    The 1x1 branch is there if the kernel is larger, the skip branch if the shape stays. The linear part alone of
+    MobileOne's block (https://arxiv.org/abs/2206.04040): what gates or activates its output stands behind it.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Height and width of the convolution branches' kernels, odd.
+        stride: Stride of the block.
+        groups: Groups of its convolutions.
+        num_convs: Number of convolution branches, at least 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+        num_convs: int = 1,
+    ) -> None:
+        super().__init__(stride, kernel_size // 2, groups)
+        self.convs = nn.ModuleList(
+            ConvBN(in_channels, out_channels, kernel_size, stride, groups) for _ in range(num_convs)
+        )
+        self.scale = ConvBN(in_channels, out_channels, 1, stride, groups) if kernel_size > 1 else None
+        self.skip = nn.BatchNorm2d(in_channels) if in_channels == out_channels and stride == 1 else None
+
+    def branches(self, x: Tensor) -> Tensor:
+        y = self.convs[0](x)
+        for branch in (*self.convs[1:], self.scale, self.skip):
+            if branch is not None:
+                y = y + branch(x)
+        return y
+
+    def equivalent_kernel(self) -> Kernel:
+        kernels = [conv.equivalent_kernel() for conv in self.convs]
+        if self.scale is not None:
+            kernels.append(self.scale.equivalent_kernel())
+        if self.skip is not None:
+            kernels.append(fold_norm(identity_kernel(kernels[0]), self.skip))
+        return add_kernels(*kernels)
+
+
 class Conv1x1(nn.Conv2d):
     """1x1 convolution with bias that keeps the recipe of its input for the backward pass, where there is one.
 
@@ -62,6 +118,19 @@ class GELU(nn.GELU):
 
     def forward(self, x: Tensor) -> Tensor:
         return recomputable(F.gelu, x) if torch.is_grad_enabled() or not runs_eagerly() else gelu_(x)
+
+
+class ReLU(nn.ReLU):
+    """ReLU; where no gradient is recorded it overwrites its input, which nothing else may use.
+
+    Autograd keeps the output of a ReLU, which is what the convolution behind it keeps too. So it is computed again in
+    the backward pass only where its input is: behind a depthwise convolution, say, but not behind a 1x1 one.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() and runs_eagerly():
+            return torch.relu_(x)
+        return F.relu(x) if recipe_of(x) is None else recomputable(F.relu, x)
 
 
 def add_residual(x: Tensor, branch: Tensor) -> Tensor:
@@ -89,7 +158,8 @@ class SqueezeExcite(nn.Module):
         return self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
-        return recomputable(torch.mul, x, self.gate(x))
+        gate = self.gate(x)
+        return x * gate if recipe_of(x) is None else recomputable(torch.mul, x, gate)
 
 
 class StochasticDepth(nn.Module):

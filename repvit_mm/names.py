@@ -266,5 +266,48 @@ FASTVIT_NAMES = Naming(
     table=fastvit_table,
 )
 
-NAMINGS = (REPVIT_NAMES, FASTVIT_NAMES)
+
+def mobileone_layer(ours: str, authors: str, timm: str) -> list[Names]:
+    """Rows of one convolution of MobileOne with what stands behind it."""
+    return [
+        *mobile_one(f'{ours}.conv', authors, timm),
+        Names(f'{ours}.se.fc1', f'{authors}.se.reduce', f'{timm}.attn.fc1'),
+        Names(f'{ours}.se.fc2', f'{authors}.se.expand', f'{timm}.attn.fc2'),
+    ]
+
+
+def mobileone_table(names: Collection[str]) -> list[Names]:
+    """The names of every module that holds tensors in the MobileOne that ``names`` speak of."""
+    depths = [0, 0, 0, 0]
+    for name in names:
+        if match := re.match(r'stages\.([0-3])\.(\d+)\.(depthwise|pointwise)\.', name):
+            stage, position = int(match[1]), int(match[2])
+        elif match := re.match(r'(?:stage([1-4])|stages\.([0-3]))\.(\d+)\.', name):
+            stage = int(match[1]) - 1 if match[1] else int(match[2])
+            position = int(match[3]) // 2  # theirs count convolutions
+        else:
+            continue
+        depths[stage] = max(depths[stage], position + 1)
+
+    table = mobileone_layer('stem', 'stage0', 'stem')
+    for stage, depth in enumerate(depths):
+        for position in range(depth):
+            for part, theirs in (('depthwise', 2 * position), ('pointwise', 2 * position + 1)):
+                ours = f'stages.{stage}.{position}.{part}'
+                table += mobileone_layer(ours, f'stage{stage + 1}.{theirs}', f'stages.{stage}.{theirs}')
+    return table
+
+
+MOBILEONE_NAMES = Naming(
+    marks={
+        'authors': r'stage\d\.(\d+\.)?(rbr_conv|rbr_scale|rbr_skip|reparam_conv|se)\.',
+        'timm': r'(stem|stages\.\d+\.\d+)\.(conv_kxk|conv_scale|identity|reparam_conv|attn)\.',
+        'ours': r'(stem|stages\.\d+\.\d+\.(depthwise|pointwise))\.(conv|se)\.',
+    },
+    first=r'stage0\.(?:rbr_conv|rbr_scale|reparam_conv)|stem\.(?:conv|conv_kxk|conv_scale|reparam_conv)',
+    heads=('linear.', 'head.'),
+    table=mobileone_table,
+)
+
+NAMINGS = (REPVIT_NAMES, FASTVIT_NAMES, MOBILEONE_NAMES)
 """Of all families."""

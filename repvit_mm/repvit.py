@@ -10,7 +10,7 @@ from .backbone import ReparamBackbone
 from .layers import GELU, ConvBN, SqueezeExcite, StochasticDepth, add_residual
 from .names import REPVIT_NAMES
 from .reparam import Kernel, ReparamBlock, add_kernels, conv_kernel, fold_norm, identity_kernel
-from .specs import REPVIT_SPECS, RepViTSpec
+from .specs import REPVIT_SPECS, REPVIT_TOP1, RepViTSpec
 
 
 class Stem(nn.Module):
@@ -137,6 +137,7 @@ class RepViT(ReparamBackbone):
     """
 
     specs = REPVIT_SPECS
+    top1 = REPVIT_TOP1
     spec_type = RepViTSpec
     naming = REPVIT_NAMES
     taps: ClassVar = {'stage_end': 0, 'pre_downsample': 1}

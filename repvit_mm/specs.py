@@ -2,6 +2,19 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
+
+
+class Top1(NamedTuple):
+    """Accuracy that a variant's authors published on ImageNet-1k, in percent; ``None`` where they published none.
+
+    Args:
+        plain: Trained on the labels alone.
+        distilled: Trained with a teacher too.
+    """
+
+    plain: float | None = None
+    distilled: float | None = None
 
 
 def check_four(name: str, values: tuple[int, ...]) -> None:
@@ -49,6 +62,15 @@ REPVIT_SPECS = {
     'm1': RepViTSpec((48, 96, 192, 384), (3, 3, 15, 2), norm_after_sum=False),
     'm2': RepViTSpec((64, 128, 256, 512), (3, 3, 13, 2), norm_after_sum=False),
     'm3': RepViTSpec((64, 128, 256, 512), (5, 5, 19, 2), norm_after_sum=False),
+}
+# Source: the README there; 300 epochs.
+REPVIT_TOP1 = {
+    'm0_6': Top1(distilled=74.1),
+    'm0_9': Top1(distilled=78.7),
+    'm1_0': Top1(distilled=80.0),
+    'm1_1': Top1(distilled=80.7),
+    'm1_5': Top1(distilled=82.3),
+    'm2_3': Top1(distilled=83.3),
 }
 
 
@@ -103,4 +125,66 @@ FASTVIT_SPECS = {
     'sa24': FastViTSpec((64, 128, 256, 512), (4, 4, 12, 4), attention=True),
     'sa36': FastViTSpec((64, 128, 256, 512), (6, 6, 18, 6), attention=True, layer_scale=1e-6),
     'ma36': FastViTSpec((76, 152, 304, 608), (6, 6, 18, 6), attention=True, layer_scale=1e-6),
+}
+# Source: the README there; 256x256 pixels.
+FASTVIT_TOP1 = {
+    't8': Top1(76.2, 77.2),
+    't12': Top1(79.3, 80.3),
+    's12': Top1(79.9, 81.1),
+    'sa12': Top1(80.9, 81.9),
+    'sa24': Top1(82.7, 83.4),
+    'sa36': Top1(83.6, 84.2),
+    'ma36': Top1(83.9, 84.6),
+}
+
+
+@dataclass(frozen=True)
+class MobileOneSpec:
+    """Widths and depths of a MobileOne.
+
+    Args:
+        channels: Channels of the four stages.
+        depths: Blocks of the four stages, each a 3x3 depthwise and a 1x1 layer; the first of a stage has stride 2.
+        num_convs: Convolution branches of each layer behind the stem, which has one.
+        se_depths: How many of each stage's last blocks have squeeze-and-excitation.
+
+    Raises:
+        ValueError: if a field cannot be; names it.
+    """
+
+    channels: tuple[int, int, int, int]
+    depths: tuple[int, int, int, int]
+    num_convs: int = 1
+    se_depths: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    def __post_init__(self) -> None:
+        check_four('channels', self.channels)
+        check_four('depths', self.depths)
+        if not isinstance(self.num_convs, int) or self.num_convs < 1:
+            raise ValueError(f'num_convs={self.num_convs!r}: expected a positive integer')
+        possible = [range(depth + 1) for depth in self.depths]
+        if len(self.se_depths) != 4 or any(n not in upto for n, upto in zip(self.se_depths, possible, strict=True)):
+            raise ValueError(f'se_depths={self.se_depths!r}: expected four integers from 0 to depths={self.depths!r}')
+
+    @property
+    def stem_channels(self) -> int:
+        """Channels of the stem."""
+        return min(64, self.channels[0])
+
+
+# Source: https://arxiv.org/abs/2206.04040, tables 2 and 3: 64, 128, 256 and 512 channels times a width multiplier.
+MOBILEONE_SPECS = {
+    's0': MobileOneSpec((48, 128, 256, 1024), (2, 8, 10, 1), num_convs=4),
+    's1': MobileOneSpec((96, 192, 512, 1280), (2, 8, 10, 1)),
+    's2': MobileOneSpec((96, 256, 640, 2048), (2, 8, 10, 1)),
+    's3': MobileOneSpec((128, 320, 768, 2048), (2, 8, 10, 1)),
+    's4': MobileOneSpec((192, 448, 896, 2048), (2, 8, 10, 1), se_depths=(0, 0, 5, 1)),
+}
+# Source: the README of https://github.com/apple/ml-mobileone.
+MOBILEONE_TOP1 = {
+    's0': Top1(71.4),
+    's1': Top1(75.9),
+    's2': Top1(77.4),
+    's3': Top1(78.1),
+    's4': Top1(79.4),
 }

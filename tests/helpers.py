@@ -1,27 +1,139 @@
-"""What several test files share. A further backbone joins the whole suite by its rows in the three tables here."""
+"""What several test files share. A further family joins the whole suite by its rows in the tables here."""
 
 import json
 import runpy
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repvit_mm import FastViT, RepViT, switch_to_deploy
+from repvit_mm import FastViT, MobileOne, RepViT, switch_to_deploy
 from repvit_mm.backbone import ReparamBackbone
-from repvit_mm.fastvit import LargeKernelConv, MobileOneBlock, PositionEncoding, RepMixer
-from repvit_mm.layers import ChannelLinear, ConvBN, LayerScale, NormLinear
+from repvit_mm.fastvit import LargeKernelConv, PositionEncoding, RepMixer
+from repvit_mm.layers import ChannelLinear, ConvBN, LayerScale, MobileOneBlock, NormLinear
 from repvit_mm.reparam import reparam_blocks
 from repvit_mm.repvit import TokenMixer
 
 DATA = Path(__file__).parent / 'data'
-HEADS = ('classifier.', 'head.', 'conv_exp.', 'final_conv.')
 STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 reference_tensor = runpy.run_path(str(DATA / 'reference_weights.py'))['reference_tensor']
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the tests know of one family of backbones.
+
+    Args:
+        cls: Our class. Its name in lower case begins the names of golden files and stands in those of configs.
+        typical: A small variant with every kind of block.
+        large: Variants that are too large for the quick part of the suite.
+        goldens: The variants that the authors' code was measured for.
+        timm_goldens: Those that timm's was measured for.
+        taps: Our tap -> what the maps of stages 1 to 3 are called in the authors' golden files.
+        timm_tap: Our tap of timm's ``stage``.
+        heads: Beginnings of the names of the owners' classification heads.
+        owners_fuse: What the owners' code does to tensor names as it fuses: where a match ends, a convolution stands.
+        owners_leave: Blocks of ours that the owners' code does not fuse.
+        weights: The address of the ImageNet weights that a variant's configs start from.
+        coco_rate: Learning rate of the configs for COCO.
+        coco_options: What their backbones have beside the common options.
+        released: Variants whose detectors and segmentors the authors released; other configs are marked as ours.
+        residual: Whether its blocks have residual branches, which stochastic depth drops.
+    """
+
+    cls: type[ReparamBackbone]
+    typical: str
+    large: tuple[str, ...]
+    goldens: tuple[str, ...]
+    timm_goldens: tuple[str, ...]
+    heads: tuple[str, ...]
+    owners_fuse: tuple[tuple[str, str], ...]
+    weights: Callable[[str], str]
+    coco_rate: float
+    owners_leave: tuple[type, ...] = ()
+    taps: dict[str, str] = field(default_factory=lambda: {'stage_end': 'stage'})
+    timm_tap: str = 'stage_end'
+    coco_options: dict[str, str] = field(default_factory=dict)
+    released: tuple[str, ...] = ()
+    residual: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.cls.__name__.lower()
+
+
+FAMILIES = [
+    Family(
+        RepViT,
+        typical='m0_6',
+        large=('m1_5', 'm2_3'),
+        goldens=('m0_6', 'm0_9', 'm1_0', 'm1_1', 'm1_5', 'm2_3'),
+        timm_goldens=('m1', 'm2', 'm3', 'm0_9', 'm1_1'),
+        taps={'stage_end': 'stage', 'pre_downsample': 'pre_downsample'},
+        timm_tap='pre_downsample',
+        heads=('classifier.', 'head.'),
+        owners_fuse=(
+            (r'(.*token_mixer(?:\.0)?)\.(?:conv1?|bn)\.', r'\1'),  # all branches of a depthwise block
+            (r'(.*)\.(?:c|bn)\.', r'\1'),
+        ),
+        # 300-epoch weights, but for m2_3 the 450-epoch ones.
+        weights=lambda arch: (
+            'https://github.com/THU-MIG/RepViT/releases/download/v1.0/'
+            f'repvit_{arch}_distill_{"450e" if arch == "m2_3" else "300e"}.pth'
+        ),
+        coco_rate=2e-4,
+        coco_options={'tap': 'pre_downsample'},
+        released=('m1_1', 'm1_5', 'm2_3'),
+    ),
+    Family(
+        FastViT,
+        typical='sa12',
+        large=('sa24', 'sa36', 'ma36'),
+        goldens=('t8', 't12', 's12', 'sa12', 'sa24', 'sa36', 'ma36'),
+        timm_goldens=('t8', 'sa12'),
+        heads=('conv_exp.', 'final_conv.', 'head.'),
+        owners_fuse=(
+            (r'(.*token_mixer)\.(?:mixer|norm|layer_scale)\b', r'\1.reparam_conv'),
+            (r'(.*)\.(?:rbr_(?:conv|scale|skip)|conv_kxk|conv_scale|identity)\.', r'\1.reparam_conv'),
+            (r'(network.*)\.(?:lkb_origin|small_conv)\.', r'\1.lkb_reparam'),
+            (r'(stages.*)\.(?:large_conv|small_conv)\.', r'\1.reparam_conv'),
+            (r'(network\.6)\.pe\.', r'\1.reparam_conv'),
+            (r'(stages\.3\.pos_emb)\.pos_enc\.', r'\1.reparam_conv'),
+        ),
+        owners_leave=(ConvBN, NormLinear, LayerScale),  # of attention and ConvFFN
+        weights=lambda arch: (
+            'https://docs-assets.developer.apple.com/ml-research/models/fastvit/image_classification_models/'
+            f'fastvit_{arch}.pth.tar'
+        ),
+        coco_rate=1e-4,
+    ),
+    Family(
+        MobileOne,
+        typical='s4',
+        large=(),
+        goldens=('s0', 's1', 's2', 's3', 's4'),
+        timm_goldens=('s0', 's1', 's4'),
+        heads=('linear.', 'head.'),
+        owners_fuse=((r'(.*)\.(?:rbr_(?:conv|scale|skip)|conv_kxk|conv_scale|identity)\.', r'\1.reparam_conv'),),
+        weights=lambda arch: (
+            f'https://docs-assets.developer.apple.com/ml-research/datasets/mobileone/mobileone_{arch}_unfused.pth.tar'
+        ),
+        coco_rate=2e-4,
+    ),
+]
+
+
+def family_of(cls: type[ReparamBackbone]) -> Family:
+    return next(family for family in FAMILIES if family.cls is cls)
+
+
+HEADS = tuple(sorted({head for family in FAMILIES for head in family.heads}))
 
 
 @dataclass(frozen=True)
@@ -29,16 +141,25 @@ class Golden:
     """A network of others that one of ours must reproduce.
 
     Args:
-        name: Name of its files in ``data/``.
-        backbone: Our class.
+        family: Our family.
         arch: Our name of the variant.
         taps: Our tap -> what the maps of stages 1 to 3 are called in the file. That of stage 4 is always ``stage4``.
+        timm: Whether it is timm's, or the authors'.
     """
 
-    name: str
-    backbone: type
+    family: Family
     arch: str
     taps: dict[str, str]
+    timm: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of its files in ``data/``."""
+        return f'{"timm_" if self.timm else ""}{self.family.name}_{self.arch}'
+
+    @property
+    def backbone(self) -> type[ReparamBackbone]:
+        return self.family.cls
 
     @property
     def facts(self) -> dict:
@@ -57,32 +178,29 @@ class Golden:
             return [torch.from_numpy(maps[name]) for name in (*(f'{self.taps[tap]}{i}' for i in (1, 2, 3)), 'stage4')]
 
 
-GOLDENS = [
-    *(
-        Golden(f'repvit_{arch}', RepViT, arch, {'stage_end': 'stage', 'pre_downsample': 'pre_downsample'})
-        for arch in ('m0_6', 'm0_9', 'm1_0', 'm1_1', 'm1_5', 'm2_3')
-    ),
-    *(
-        Golden(f'timm_repvit_{arch}', RepViT, arch, {'pre_downsample': 'stage'})
-        for arch in ('m1', 'm2', 'm3', 'm0_9', 'm1_1')
-    ),
-    *(
-        Golden(f'fastvit_{arch}', FastViT, arch, {'stage_end': 'stage'})
-        for arch in ('t8', 't12', 's12', 'sa12', 'sa24', 'sa36', 'ma36')
-    ),
-    *(Golden(f'timm_fastvit_{arch}', FastViT, arch, {'stage_end': 'stage'}) for arch in ('t8', 'sa12')),
-]
+def goldens_of(family: Family) -> list[Golden]:
+    """The authors' and then timm's."""
+    authors = [Golden(family, arch, family.taps) for arch in family.goldens]
+    return authors + [Golden(family, arch, {family.timm_tap: 'stage'}, timm=True) for arch in family.timm_goldens]
+
+
+GOLDENS = [golden for family in FAMILIES for golden in goldens_of(family)]
+
+# Of each family the authors' typical network.
+TYPICAL = [golden for golden in GOLDENS if golden.arch == golden.family.typical and not golden.timm]
 
 # Of each family one network of the authors and one of timm.
-ENDS = [
-    next(g for g in goldens if g.backbone is cls) for cls in (RepViT, FastViT) for goldens in (GOLDENS, GOLDENS[::-1])
-]
+ENDS = [golden for family in FAMILIES for golden in (goldens_of(family)[0], goldens_of(family)[-1])]
 
 # Small networks with every kind of block, for tests that run many of them.
 SMALL = {
     'repvit': (RepViT, dict(channels=(8, 16, 24, 32), depths=(2, 1, 3, 1))),
     'repvit_v1': (RepViT, dict(channels=(8, 16, 24, 32), depths=(2, 1, 3, 1), norm_after_sum=False)),
     'fastvit': (FastViT, dict(channels=(8, 16, 32, 64), depths=(2, 1, 3, 2), mlp_ratio=2, attention=True)),
+    'mobileone': (
+        MobileOne,
+        dict(channels=(8, 16, 24, 32), depths=(2, 1, 3, 1), num_convs=2, se_depths=(0, 0, 2, 1)),
+    ),
 }
 
 # Every kind of re-parameterizable block, each for 6 channels in.
@@ -123,10 +241,15 @@ def randomize(model: nn.Module) -> nn.Module:
     return model
 
 
+def normalize(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """What a norm with frozen statistics computes."""
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+
+
 def fuse_as_owners(network: ReparamBackbone) -> ReparamBackbone:
-    """Fuse what the owners' code fuses: of FastViT neither norms and layer scales of attention nor those of ConvFFN."""
-    beyond = (ConvBN, NormLinear, LayerScale) if isinstance(network, FastViT) else ()
-    return switch_to_deploy(network, [block for block in reparam_blocks(network) if not isinstance(block, beyond)])
+    """Fuse what the owners' code fuses."""
+    left = family_of(type(network)).owners_leave
+    return switch_to_deploy(network, [block for block in reparam_blocks(network) if not isinstance(block, left)])
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -12,7 +12,19 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import GOLDENS, HEADS, SMALL, STATISTICS, Golden, image, largest_error, randomize, relative_error
+from helpers import (
+    FAMILIES,
+    GOLDENS,
+    HEADS,
+    SMALL,
+    STATISTICS,
+    Golden,
+    family_of,
+    image,
+    largest_error,
+    randomize,
+    relative_error,
+)
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
@@ -27,6 +39,8 @@ from repvit_mm.layers import StochasticDepth
 from repvit_mm.reparam import ReparamBlock, kernels_together, plain_formulation, reparam_blocks
 
 FIRST_GOLDENS = list({golden.backbone: golden for golden in reversed(GOLDENS)}.values())
+# Those of the small networks that have stochastic depth.
+RESIDUAL = [name for name, (cls, _) in SMALL.items() if family_of(cls).residual]
 SUBSETS = [subset for size in range(1, 5) for subset in itertools.combinations(range(4), size)]
 
 
@@ -48,9 +62,9 @@ def x() -> Tensor:
     return torch.randn(2, 3, 64, 96)
 
 
-LARGE = ('m1_5', 'm2_3', 'sa24', 'sa36', 'ma36')
 ALL_GOLDENS = [
-    pytest.param(golden, id=golden.name, marks=pytest.mark.slow if golden.arch in LARGE else ()) for golden in GOLDENS
+    pytest.param(golden, id=golden.name, marks=pytest.mark.slow if golden.arch in golden.family.large else ())
+    for golden in GOLDENS
 ]
 
 
@@ -392,10 +406,6 @@ class TestFolding:
             penalty(build(norm_eval=True).double().train())
 
 
-# What the papers name, wherever it lies in a network.
-NAMED_IN_THE_PAPERS = r'stem|stages\.\d+(\.\d+(\.(token_mixer|se|channel_mixer|spatial|channel|position))?)?'
-
-
 @pytest.mark.parametrize(
     ('options', 'training', 'learns'),
     [
@@ -410,11 +420,16 @@ NAMED_IN_THE_PAPERS = r'stem|stages\.\d+(\.\d+(\.(token_mixer|se|channel_mixer|s
     ],
     ids=str,
 )
-def test_hooks_on_what_the_papers_name_are_called(build, x, options, training, learns):
+def test_hooks_are_called_on_every_module_down_to_the_blocks_that_equal_one_convolution(
+    build, x, options, training, learns
+):
+    """Stem, stages, blocks, mixers, gates and activations: all that the papers name."""
     network = build(**options).train(training)
     called: list[str] = []
+    blocks = reparam_blocks(network)
+    inside = {module for block in blocks for module in block.modules()}.difference(blocks)
     named = {
-        name: module for name, module in network.named_modules() if re.fullmatch(NAMED_IN_THE_PAPERS, name) and module
+        name: module for name, module in network.named_modules() if module not in {network, network.stages, *inside}
     }
     assert len(named) > 20
     for name, module in named.items():
@@ -547,18 +562,17 @@ class TestDeploy:
 class TestCheckpointing:
     """``with_cp`` changes memory and time, nothing else."""
 
-    @pytest.mark.parametrize(
-        'options',
-        [
-            {},
-            {'norm_eval': True},
-            {'frozen_stages': 2},
-            {'drop_path_rate': 0.5},
-            {'norm_eval': True, 'drop_path_rate': 0.5},
-        ],
-        ids=str,
-    )
+    @pytest.mark.parametrize('options', [{}, {'norm_eval': True}, {'frozen_stages': 2}], ids=str)
     def test_same_maps_gradients_and_statistics(self, build, x, options):
+        self.check(build, x, options)
+
+    @pytest.mark.parametrize('build', RESIDUAL, indirect=True)
+    @pytest.mark.parametrize('norm_eval', [False, True])
+    def test_the_same_images_are_dropped(self, build, x, norm_eval):
+        self.check(build, x, {'norm_eval': norm_eval, 'drop_path_rate': 0.5})
+
+    @staticmethod
+    def check(build, x, options):
         results = []
         for with_cp in (False, True):
             network = build(with_cp=with_cp, **options).double().train()
@@ -593,6 +607,7 @@ class TestCheckpointing:
         assert runs == blocks + blocks[::-1]
 
 
+@pytest.mark.parametrize('build', RESIDUAL, indirect=True)
 class TestStochasticDepth:
     @staticmethod
     def rates(network: ReparamBackbone) -> list[float]:
@@ -784,6 +799,7 @@ class TestTorch:
 def test_public_names():
     import repvit_mm
 
-    assert set(repvit_mm.__all__) >= {'FastViT', 'RepViT', 'FuseOnDeployHook', 'switch_to_deploy'}
+    families = {family.cls.__name__ for family in FAMILIES}
+    assert set(repvit_mm.__all__) >= {*families, 'FuseOnDeployHook', 'switch_to_deploy'}
     assert all(hasattr(repvit_mm, name) for name in repvit_mm.__all__)
     assert repvit_mm.RepViT is RepViT

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from repvit_mm import RepViT, switch_to_deploy
+from repvit_mm.loading import FAMILIES
 from repvit_mm.reparam import reparam_blocks
 
 ROOT = Path(__file__).parents[1]
@@ -282,7 +283,8 @@ def test_no_gpu():
 
 def test_without_names_all_of_published_accuracy_are_measured():
     names = benchmark.choose([])
-    assert {'RepViT:m0_6', 'RepViT:m2_3'} <= set(names) <= set(benchmark.TOP1)
+    assert names == [f'{cls.__name__}:{arch}' for cls in FAMILIES for arch in cls.top1]
+    assert {'RepViT:m0_6', 'RepViT:m2_3'} <= set(names) and 'RepViT:m1' not in names
     assert benchmark.choose(['m1_1', 'RepViT:m1_1', 'm2']) == ['RepViT:m1_1', 'RepViT:m2']
 
 

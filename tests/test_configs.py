@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import FAMILIES
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
@@ -16,17 +17,15 @@ from mmengine.registry import PARAM_SCHEDULERS, TRANSFORMS, DefaultScope, init_d
 from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
+from repvit_mm import RepViT
 from repvit_mm.datasets import shapes
-from repvit_mm.specs import FASTVIT_SPECS
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 DETECTION = sorted((CONFIGS / 'det').glob('*.py'))
 SEGMENTATION = sorted((CONFIGS / 'seg').glob('*.py'))
 COCO = [path for path in DETECTION if path.stem.endswith('coco')]
 ADE20K = [path for path in SEGMENTATION if path.stem.endswith('ade20k_40k')]
-RELEASED = ('m1_1', 'm1_5', 'm2_3')
-REPVIT = 'https://github.com/THU-MIG/RepViT/releases/download/v1.0/'
-FASTVIT = 'https://docs-assets.developer.apple.com/ml-research/models/fastvit/image_classification_models/'
+SHAPES = [path for path in DETECTION + SEGMENTATION if path.stem.endswith('shapes')]
 
 
 def name(path):
@@ -34,11 +33,12 @@ def name(path):
 
 
 def family_and_arch(path):
-    return re.search(r'(repvit|fastvit)_(m\d_\d|[a-z]+\d+)', path.stem).groups()
-
-
-def of_family(paths, family):
-    return [path for path in paths if family_and_arch(path)[0] == family]
+    """What a config's name says."""
+    for family in FAMILIES:
+        archs = sorted(family.cls.specs, key=len, reverse=True)
+        if match := re.search(rf'{family.name}_({"|".join(archs)})_', path.stem):
+            return family, match[1]
+    raise LookupError(f'{path.name} names no variant')
 
 
 @pytest.fixture(autouse=True)
@@ -98,9 +98,15 @@ def segmentation_batch(size, classes):
     return sample
 
 
+def is_typical(path):
+    family, arch = family_and_arch(path)
+    return arch == family.typical
+
+
 def quick_for_small(paths):
     """The smallest variants and the demo data set's belong to the quick part of the suite."""
-    quick = [path for path in paths if family_and_arch(path)[1] in ('m0_6', 't8') or path.stem.endswith('shapes')]
+    smallest = [family.goldens[0] for family in FAMILIES]
+    quick = [path for path in paths if family_and_arch(path)[1] in smallest or path in SHAPES]
     return [pytest.param(p, id=p.stem, marks=() if p in quick else pytest.mark.slow) for p in paths]
 
 
@@ -146,29 +152,29 @@ def test_config_builds_forwards_learns_and_predicts(path):
 
 
 def test_every_published_variant_has_its_two_configs():
-    archs = [('repvit', arch) for arch in ('m0_6', 'm0_9', 'm1_0', 'm1_1', 'm1_5', 'm2_3')]
-    archs += [('fastvit', arch) for arch in FASTVIT_SPECS]
+    archs = [(family.name, arch) for family in FAMILIES for arch in family.goldens]
     assert {p.name for p in COCO} == {f'mask_rcnn_{family}_{arch}_fpn_1x_coco.py' for family, arch in archs}
     assert {p.name for p in ADE20K} == {f'fpn_{family}_{arch}_ade20k_40k.py' for family, arch in archs}
 
 
 @pytest.mark.parametrize('path', COCO + ADE20K, ids=name)
 def test_backbone_is_that_of_the_recipe(path):
-    cfg = load(path)
     family, arch = family_and_arch(path)
-    backbone = cfg.model.backbone
-    assert (backbone.type.lower(), backbone.arch) == (family, arch)
-    assert backbone.norm_eval is True
-    assert backbone.get('frozen_stages', -1) == -1
-    if family == 'fastvit':
-        assert backbone.init_cfg == dict(type='Pretrained', checkpoint=f'{FASTVIT}fastvit_{arch}.pth.tar')
-        assert backbone.keys() == {'type', 'arch', 'norm_eval', 'init_cfg'}
-        return
-    assert backbone.get('tap', 'stage_end') == ('pre_downsample' if path in COCO else 'stage_end')
-    # 300-epoch weights, but for m2_3 the 450-epoch ones.
-    epochs = '450e' if arch == 'm2_3' else '300e'
-    assert backbone.init_cfg == dict(type='Pretrained', checkpoint=f'{REPVIT}repvit_{arch}_distill_{epochs}.pth')
-    assert ('applied by us' in path.read_text()) == (arch not in RELEASED)
+    assert load(path).model.backbone == dict(
+        type=family.cls.__name__,
+        arch=arch,
+        norm_eval=True,
+        init_cfg=dict(type='Pretrained', checkpoint=family.weights(arch)),
+        **(family.coco_options if path in COCO else {}),
+    )
+
+
+@pytest.mark.parametrize('path', COCO + ADE20K, ids=name)
+def test_what_the_authors_did_not_release_is_marked_as_ours(path):
+    family, arch = family_and_arch(path)
+    (base,) = re.findall(r"_base_ = '(.+)'", path.read_text())
+    comments = path.read_text() + (path.parent / base).read_text()
+    assert (re.search(r'\b(ours|by us)\b', comments) is None) == (arch in family.released)
 
 
 def walk_learning_rate(cfg, iterations, epoch_length):
@@ -199,13 +205,14 @@ def test_coco_recipe(path):
     iteration = np.arange(12 * iterations_per_epoch)
     epoch = iteration // iterations_per_epoch
     # mmcv 1.x: linear warm-up over 500 iterations, from ratio 1e-6; steps at epochs 8 and 11.
-    peak = 2e-4 if path in of_family(COCO, 'repvit') else 1e-4
+    family, _ = family_and_arch(path)
+    peak = family.coco_rate
     expected = peak * 0.1 ** ((epoch >= 8).astype(float) + (epoch >= 11))
     warm_up = iteration < 500
     expected[warm_up] = peak * (1 - (1 - iteration[warm_up] / 500) * (1 - 1e-6))
     walked = walk_learning_rate(cfg, len(iteration), iterations_per_epoch)
     np.testing.assert_allclose(walked, expected, rtol=1e-9)
-    if peak == 2e-4:  # the logs of RepViT's authors after 50 and 100 iterations
+    if family.cls is RepViT:  # the logs of its authors after 50 and 100 iterations
         assert [f'{walked[i - 1]:.0e}' for i in (50, 100)] == ['2e-05', '4e-05']
 
     assert cfg.train_cfg.type == 'EpochBasedTrainLoop' and cfg.train_cfg.max_epochs == 12
@@ -241,17 +248,10 @@ def test_ade20k_recipe(path):
     assert cfg.test_evaluator.iou_metrics == ['mIoU']
 
 
-@pytest.mark.parametrize(
-    ('stem', 'rate', 'decay'),
-    [
-        ('det/mask_rcnn_repvit_m0_6_fpn_1x_coco', 2e-4, 0.05),
-        ('seg/fpn_repvit_m0_6_ade20k_40k', 2e-4, 1e-4),
-        ('det/mask_rcnn_fastvit_sa12_fpn_1x_coco', 1e-4, 0.05),
-        ('seg/fpn_fastvit_sa12_ade20k_40k', 2e-4, 1e-4),
-    ],
-)
-def test_every_parameter_learns_and_decays(stem, rate, decay):
-    path = CONFIGS / f'{stem}.py'
+@pytest.mark.parametrize('path', [path for path in COCO + ADE20K if is_typical(path)], ids=name)
+def test_every_parameter_learns_and_decays(path):
+    family, _ = family_and_arch(path)
+    rate, decay = (family.coco_rate, 0.05) if path in COCO else (2e-4, 1e-4)
     cfg = load(path)
     model = build(cfg).train()
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
@@ -287,17 +287,20 @@ def test_ade20k_test_images_go_up_to_multiples_of_32_and_the_ground_truth_keeps_
         np.testing.assert_array_equal(truth, np.where(labels == 0, 255, labels.astype(int) - 1))
 
 
-@pytest.mark.parametrize('network', ['repvit_m0_6', 'fastvit_sa12'])
-def test_shapes_configs_name_the_classes_of_the_data_set(network):
-    detection = load(CONFIGS / f'det/mask_rcnn_{network}_fpn_shapes.py')
-    segmentation = load(CONFIGS / f'seg/fpn_{network}_shapes.py')
-    for cfg, classes, palette in (
-        (detection, shapes.CLASSES, shapes.PALETTE),
-        (segmentation, shapes.SEG_CLASSES, shapes.SEG_PALETTE),
-    ):
-        for split in ('train', 'val', 'test'):
-            metainfo = cfg[f'{split}_dataloader'].dataset.metainfo
-            assert tuple(metainfo.classes) == classes
-            assert [tuple(color) for color in metainfo.palette] == palette
-    assert detection.model.roi_head.mask_head.num_classes == len(shapes.CLASSES)
-    assert segmentation.model.decode_head.num_classes == len(shapes.SEG_CLASSES)
+def test_every_family_has_the_two_configs_of_the_demo():
+    found = sorted((family_and_arch(path)[0].name, path.parent.name) for path in SHAPES)
+    assert found == sorted((family.name, task) for family in FAMILIES for task in ('det', 'seg'))
+
+
+@pytest.mark.parametrize('path', SHAPES, ids=name)
+def test_shapes_configs_name_the_classes_of_the_data_set(path):
+    cfg = load(path)
+    if path in DETECTION:
+        classes, palette, found = shapes.CLASSES, shapes.PALETTE, cfg.model.roi_head.mask_head
+    else:
+        classes, palette, found = shapes.SEG_CLASSES, shapes.SEG_PALETTE, cfg.model.decode_head
+    for split in ('train', 'val', 'test'):
+        metainfo = cfg[f'{split}_dataloader'].dataset.metainfo
+        assert tuple(metainfo.classes) == classes
+        assert [tuple(color) for color in metainfo.palette] == palette
+    assert found.num_classes == len(classes)

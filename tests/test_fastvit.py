@@ -5,47 +5,20 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GOLDENS, SMALL, image, largest_error, randomize, relative_error
+from helpers import GOLDENS, SMALL, image, largest_error, normalize, randomize, relative_error
 from torch import Tensor, nn
 
 from repvit_mm import FastViT, switch_to_deploy
 from repvit_mm.checkpoint import CheckpointError
-from repvit_mm.fastvit import Attention, ConvFFN, MobileOneBlock, RepMixer
-from repvit_mm.reparam import plain_formulation
+from repvit_mm.fastvit import Attention, ConvFFN, RepMixer
 from repvit_mm.specs import FASTVIT_SPECS
 
 _, ARCH = SMALL['fastvit']
 
 
-def normalize(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
-
-
 @pytest.fixture
 def x() -> Tensor:
     return torch.randn(2, 3, 64, 96)
-
-
-@pytest.mark.parametrize('num_convs', [1, 3])
-def test_mobile_one_block_is_the_sum_of_its_branches(num_convs):
-    block = randomize(MobileOneBlock(6, 6, 3, groups=6, num_convs=num_convs).double()).eval()
-    x = torch.randn(2, 6, 9, 7).double()
-    expected = sum(normalize(F.conv2d(x, b.conv.weight, padding=1, groups=6), b.bn) for b in block.convs)
-    expected = expected + normalize(F.conv2d(x, block.scale.conv.weight, groups=6), block.scale.bn)
-    expected = expected + normalize(x, block.skip)
-    assert len(block.convs) == num_convs
-    assert relative_error(block(x), expected) < 1e-12
-    with plain_formulation(block):
-        assert relative_error(block(x), expected) < 1e-12
-
-
-@pytest.mark.parametrize(
-    ('arguments', 'has_scale', 'has_skip'),
-    [((6, 6, 3), True, True), ((6, 6, 1), False, True), ((6, 6, 3, 2), True, False), ((6, 8, 1), False, False)],
-)
-def test_mobile_one_block_has_the_branches_that_its_shape_allows(arguments, has_scale, has_skip):
-    block = MobileOneBlock(*arguments)
-    assert (block.scale is not None, block.skip is not None) == (has_scale, has_skip)
 
 
 def test_rep_mixer_subtracts_the_normalized_map():

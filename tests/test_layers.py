@@ -1,10 +1,19 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import randomize, relative_error
+from helpers import normalize, randomize, relative_error
 from torch import nn
 
-from repvit_mm.layers import ChannelLinear, ConvBN, LayerScale, NormLinear, SqueezeExcite, StochasticDepth
+from repvit_mm.layers import (
+    ChannelLinear,
+    ConvBN,
+    LayerScale,
+    MobileOneBlock,
+    NormLinear,
+    ReLU,
+    SqueezeExcite,
+    StochasticDepth,
+)
 from repvit_mm.reparam import plain_formulation
 
 
@@ -29,6 +38,28 @@ def test_conv_bn_starts_with_the_given_norm_weight():
     assert (residual(torch.randn(2, 4, 5, 5)) == 0).all()
 
 
+@pytest.mark.parametrize('num_convs', [1, 3])
+def test_mobile_one_block_is_the_sum_of_its_branches(num_convs):
+    block = randomize(MobileOneBlock(6, 6, 3, groups=6, num_convs=num_convs).double()).eval()
+    x = torch.randn(2, 6, 9, 7).double()
+    expected = sum(normalize(F.conv2d(x, b.conv.weight, padding=1, groups=6), b.bn) for b in block.convs)
+    expected = expected + normalize(F.conv2d(x, block.scale.conv.weight, groups=6), block.scale.bn)
+    expected = expected + normalize(x, block.skip)
+    assert len(block.convs) == num_convs
+    assert relative_error(block(x), expected) < 1e-12
+    with plain_formulation(block):
+        assert relative_error(block(x), expected) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'has_scale', 'has_skip'),
+    [((6, 6, 3), True, True), ((6, 6, 1), False, True), ((6, 6, 3, 2), True, False), ((6, 8, 1), False, False)],
+)
+def test_mobile_one_block_has_the_branches_that_its_shape_allows(arguments, has_scale, has_skip):
+    block = MobileOneBlock(*arguments)
+    assert (block.scale is not None, block.skip is not None) == (has_scale, has_skip)
+
+
 def test_squeeze_excite_gates_channels_by_the_mean_of_all():
     layer = randomize(SqueezeExcite(6, 8).double())
     x = torch.randn(2, 6, 5, 7).double()
@@ -37,6 +68,24 @@ def test_squeeze_excite_gates_channels_by_the_mean_of_all():
     gate = 1 / (1 + torch.exp(-(hidden @ second.T + layer.fc2.bias)))
     assert hidden.shape == (2, 8)
     assert relative_error(layer(x), x * gate[..., None, None]) < 1e-12
+
+
+class TestReLU:
+    def test_is_relu(self):
+        x = torch.randn(2, 6, 5, 7, requires_grad=True)
+        y = ReLU()(x)
+        assert torch.equal(y, x.clamp(min=0))
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(gradient, (x > 0).float())
+
+    def test_overwrites_its_input_only_without_gradients(self):
+        x = torch.randn(2, 6, 5, 7)
+        before = x.clone()
+        ReLU()(x)
+        assert torch.equal(x, before)
+        with torch.no_grad():
+            assert ReLU()(x) is x
+        assert torch.equal(x, before.clamp(min=0))
 
 
 def test_norm_linear_is_norm_and_linear_layer_over_the_channels():

@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers import ENDS, GOLDENS, HEADS, Golden, fuse_as_owners
 
-from repvit_mm import FastViT, RepViT
 from repvit_mm.backbone import ReparamBackbone
 
 golden_names = pytest.mark.parametrize('golden', GOLDENS, ids=lambda golden: golden.name)
@@ -23,28 +22,11 @@ def shapes(network: ReparamBackbone) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-# What the owners' code does to a network's names as it fuses: where a match ends, a convolution stands.
-OWNERS_FUSE = {
-    RepViT: [
-        (r'(.*token_mixer(?:\.0)?)\.(?:conv1?|bn)\.', r'\1'),  # all branches of a depthwise block
-        (r'(.*)\.(?:c|bn)\.', r'\1'),
-    ],
-    FastViT: [
-        (r'(.*token_mixer)\.(?:mixer|norm|layer_scale)\b', r'\1.reparam_conv'),
-        (r'(.*)\.(?:rbr_(?:conv|scale|skip)|conv_kxk|conv_scale|identity)\.', r'\1.reparam_conv'),
-        (r'(network.*)\.(?:lkb_origin|small_conv)\.', r'\1.lkb_reparam'),
-        (r'(stages.*)\.(?:large_conv|small_conv)\.', r'\1.reparam_conv'),
-        (r'(network\.6)\.pe\.', r'\1.reparam_conv'),
-        (r'(stages\.3\.pos_emb)\.pos_enc\.', r'\1.reparam_conv'),
-    ],
-}
-
-
 def fuse_names(golden: Golden) -> list[str]:
     """The tensors that a reference network is left with once its owners' code has fused it."""
     fused = {}
     for name in golden.shapes:
-        for pattern, conv in OWNERS_FUSE[golden.backbone]:
+        for pattern, conv in golden.family.owners_fuse:
             if match := re.match(pattern, name):
                 fused |= {f'{match.expand(conv)}.{part}': None for part in ('weight', 'bias')}
                 break
@@ -71,7 +53,7 @@ def test_fused_names_map_one_to_one_onto_those_of_a_network_fused_as_far(golden)
     ours = golden.backbone.naming.translate(names)
     network = fuse_as_owners(build(golden))
     assert sorted(ours.values()) == sorted(shapes(network))
-    assert network.deployed is (golden.backbone is RepViT), "FastViT's own code leaves norms and layer scales"
+    assert network.deployed is not bool(golden.family.owners_leave)
 
 
 @golden_names

@@ -5,18 +5,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GOLDENS, randomize, relative_error
-from torch import Tensor, nn
+from helpers import GOLDENS, normalize, randomize, relative_error
 
 import repvit_mm.repvit
 from repvit_mm import RepViT
 from repvit_mm.layers import SqueezeExcite
 from repvit_mm.reparam import Kernel, plain_formulation
 from repvit_mm.repvit import ChannelMixer, TokenMixer
-
-
-def normalize(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
 
 
 @pytest.mark.parametrize('norm_after_sum', [True, False], ids=['cvpr', 'arxiv_v1'])

@@ -2,7 +2,8 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from repvit_mm.specs import FASTVIT_SPECS, REPVIT_SPECS, FastViTSpec, RepViTSpec
+from repvit_mm.loading import FAMILIES
+from repvit_mm.specs import FASTVIT_SPECS, MOBILEONE_SPECS, REPVIT_SPECS, FastViTSpec, MobileOneSpec, RepViTSpec
 
 
 def test_repvit_has_the_published_variants():
@@ -17,7 +18,31 @@ def test_fastvit_has_the_published_variants():
         assert spec.attention is ('a' in name) and spec.mlp_ratio == (3 if name.startswith('t') else 4)
 
 
-@pytest.mark.parametrize('spec', [REPVIT_SPECS['m1_1'], FASTVIT_SPECS['sa12']], ids=lambda spec: type(spec).__name__)
+def test_mobileone_has_the_published_variants():
+    """The paper's table 2: width multipliers of 64, 128, 256 and 512 channels."""
+    multipliers = {
+        's0': (0.75, 1, 1, 2),
+        's1': (1.5, 1.5, 2, 2.5),
+        's2': (1.5, 2, 2.5, 4),
+        's3': (2, 2.5, 3, 4),
+        's4': (3, 3.5, 3.5, 4),
+    }
+    assert list(MOBILEONE_SPECS) == list(multipliers)
+    for name, spec in MOBILEONE_SPECS.items():
+        assert spec.channels == tuple(int(64 * 2**stage * m) for stage, m in enumerate(multipliers[name]))
+        assert spec.stem_channels == min(64, int(64 * multipliers[name][0]))
+        assert spec.num_convs == (4 if name == 's0' else 1) and any(spec.se_depths) is (name == 's4')
+
+
+def test_published_accuracy_is_of_variants():
+    for family in FAMILIES:
+        assert family.top1.keys() <= family.specs.keys()
+        assert all(60 < accuracy < 90 for top1 in family.top1.values() for accuracy in top1 if accuracy is not None)
+
+
+@pytest.mark.parametrize(
+    'spec', [next(iter(family.specs.values())) for family in FAMILIES], ids=lambda spec: type(spec).__name__
+)
 def test_spec_cannot_be_changed(spec):
     with pytest.raises(FrozenInstanceError):
         spec.depths = (1, 1, 1, 1)
@@ -40,6 +65,12 @@ def test_spec_cannot_be_changed(spec):
         (FastViTSpec, dict(attention='yes'), ["attention='yes'", 'True or False']),
         (FastViTSpec, dict(channels=(6, 12, 24, 48), attention=True), ['channels=(6, 12, 24, 48)', 'multiple of 32']),
         (FastViTSpec, dict(layer_scale=0.0), ['layer_scale=0.0', 'positive number']),
+        (MobileOneSpec, dict(channels=(8, 16, 24)), ['channels=(8, 16, 24)', 'four positive integers']),
+        (MobileOneSpec, dict(num_convs=0), ['num_convs=0', 'positive integer']),
+        (MobileOneSpec, dict(num_convs=1.5), ['num_convs=1.5', 'positive integer']),
+        (MobileOneSpec, dict(se_depths=(0, 0, 1)), ['se_depths=(0, 0, 1)', 'four integers']),
+        (MobileOneSpec, dict(se_depths=(0, 0, 2, 0)), ['se_depths=(0, 0, 2, 0)', 'from 0 to depths=(1, 1, 1, 1)']),
+        (MobileOneSpec, dict(se_depths=(0, 0, 0, 0.5)), ['se_depths=(0, 0, 0, 0.5)', 'four integers']),
     ],
 )
 def test_impossible_spec_names_the_field(spec, fields, words):

@@ -20,6 +20,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
+from repvit_mm.specs import Top1
+
 DISTRIBUTIONS = (
     'torch', 'mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'timm', 'onnx', 'onnxruntime', 'openvino', 'numpy',
 )  # fmt: skip
@@ -270,7 +272,7 @@ def new_figure(title: str, panels: int, width: float = 7) -> tuple[Any, Any]:
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
-def draw_variants(path: Path, title: str, rows: Sequence[Mapping[str, Any]], top1: Mapping[str, float]) -> None:
+def draw_variants(path: Path, title: str, rows: Sequence[Mapping[str, Any]], top1: Mapping[str, Top1]) -> None:
     """Latency of each route at the smallest batch, against parameters and, where known, published accuracy."""
     batch = min(row['batch'] for row in rows)
     rows = [row for row in rows if row['batch'] == batch]
@@ -280,7 +282,9 @@ def draw_variants(path: Path, title: str, rows: Sequence[Mapping[str, Any]], top
     }
     panels = [('parameters of the fused backbone, M', {n: count / 1e6 for n, count in fused_parameters.items()})]
     if known := {name: top1[name] for name in fused_parameters if name in top1}:
-        panels.append(('published ImageNet top-1, %', known))
+        kinds = {name.partition(':')[0]: 'distilled' if best.distilled else 'plain' for name, best in known.items()}
+        label = f'published ImageNet top-1, % ({", ".join(map(" ".join, kinds.items()))})'
+        panels.append((label, {name: best.distilled or best.plain for name, best in known.items()}))
     figure, axes = new_figure(f'{title}, batch {batch}', len(panels))
     routes = list(dict.fromkeys(row['route'] for row in rows))
     families = list(dict.fromkeys(row['name'].partition(':')[0] for row in rows))

@@ -43,6 +43,7 @@ from repvit_mm.backbone import ReparamBackbone
 from repvit_mm.checkpoint import CheckpointError
 from repvit_mm.messages import one_line
 from repvit_mm.reparam import reparam_blocks
+from repvit_mm.specs import Top1
 
 PRECISIONS = {
     'float32': (torch.float32, 1e-4),
@@ -52,31 +53,16 @@ PRECISIONS = {
 }
 """Name -> dtype of the network, and how far a route's maps may be off the unfused network's in float32."""
 
-GRADIENT_TOLERANCE = 1e-3
-"""Largest relative L2 error of a parameter's gradient, folded against plain, in float32."""
+GRADIENT_TOLERANCE = 5e-3
+"""Largest relative L2 error of a parameter's gradient, folded against plain, in float32.
+
+Rounding moves a few activations across the kink of a ReLU, which alone makes 1e-3.
+"""
 
 SMALLEST_SIDE = 32
 
 OBJECTS = 7
 """Annotated objects in each synthetic image of a detector, about COCO's mean."""
-
-# Percent on ImageNet, distilled for 300 epochs: https://github.com/THU-MIG/RepViT, https://github.com/apple/ml-fastvit.
-TOP1 = {
-    'RepViT:m0_6': 74.1,
-    'RepViT:m0_9': 78.7,
-    'RepViT:m1_0': 80.0,
-    'RepViT:m1_1': 80.7,
-    'RepViT:m1_5': 82.3,
-    'RepViT:m2_3': 83.3,
-    'FastViT:t8': 77.2,
-    'FastViT:t12': 80.3,
-    'FastViT:s12': 81.1,
-    'FastViT:sa12': 81.9,
-    'FastViT:sa24': 83.4,
-    'FastViT:sa36': 84.2,
-    'FastViT:ma36': 84.6,
-}
-"""Published accuracy of the variants; those that are registered are measured if none is named."""
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -171,11 +157,16 @@ def registered() -> dict[str, tuple[type[ReparamBackbone], str]]:
     }
 
 
+def published() -> dict[str, Top1]:
+    """The published accuracy of each registered variant that has one."""
+    return {name: cls.top1[arch] for name, (cls, arch) in registered().items() if arch in cls.top1}
+
+
 def choose(names: Sequence[str]) -> list[str]:
     """Full names of the named variants, or of all with a published accuracy; exits with one line on an unknown one."""
     full = list(registered())
     if not names:
-        return [name for name in full if name in TOP1]
+        return list(published())
     chosen = []
     for name in names:
         fitting = [other for other in full if name in (other, other.partition(':')[2])]
@@ -235,7 +226,7 @@ def benchmark_backbone(args: argparse.Namespace, device: torch.device) -> dict[s
         show(f'{name}, {conditions}', [row for row in rows if row['name'] == name])
     for route, reason in left_out.items():
         print(f'left out: {route}: {reason}')
-    draw_variants(args.out_dir / 'backbone.png', conditions, rows, TOP1)
+    draw_variants(args.out_dir / 'backbone.png', conditions, rows, published())
     return {'rows': rows, 'left_out': left_out}
 
 

@@ -1,0 +1,7 @@
+_base_ = '../_base_/fpn_mobileone_ade20k_40k.py'
+
+checkpoint = 'https://docs-assets.developer.apple.com/ml-research/datasets/mobileone/mobileone_s1_unfused.pth.tar'
+model = dict(
+    backbone=dict(arch='s1', init_cfg=dict(checkpoint=checkpoint)),
+    neck=dict(in_channels=[96, 192, 512, 1280]),
+)
