@@ -74,9 +74,9 @@ def run(failure: str, *command: str | Path, log: Path | None = None, error: type
     Raises:
         SetupError: if it fails, with the telling line of its output.
     """
-    lines, said = [], time.monotonic()
+    words, lines, said = [str(word) for word in command], [], time.monotonic()
     process = subprocess.Popen(
-        [str(word) for word in command],
+        words,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -86,6 +86,7 @@ def run(failure: str, *command: str | Path, log: Path | None = None, error: type
     )
     with process, open(str(log or os.devnull), 'a', encoding='utf-8') as file:
         try:
+            file.write(f'$ {" ".join(words)}\n')
             for line in process.stdout:
                 file.write(line)
                 lines.append(line)
