@@ -280,7 +280,7 @@ def draw_variants(path: Path, title: str, rows: Sequence[Mapping[str, Any]], top
     }
     panels = [('parameters of the fused backbone, M', {n: count / 1e6 for n, count in fused_parameters.items()})]
     if known := {name: top1[name] for name in fused_parameters if name in top1}:
-        panels.append(('published ImageNet top-1, %', known))
+        panels.append(('published ImageNet top-1, distilled, %', known))
     figure, axes = new_figure(f'{title}, batch {batch}', len(panels))
     routes = list(dict.fromkeys(row['route'] for row in rows))
     families = list(dict.fromkeys(row['name'].partition(':')[0] for row in rows))

@@ -59,7 +59,8 @@ SMALLEST_SIDE = 32
 OBJECTS = 7
 """Annotated objects in each synthetic image of a detector, about COCO's mean."""
 
-# Percent on ImageNet, distilled for 300 epochs: https://github.com/THU-MIG/RepViT, https://github.com/apple/ml-fastvit.
+# Percent on ImageNet, of the weights distilled for 300 epochs, which both families have:
+# https://github.com/THU-MIG/RepViT, https://github.com/apple/ml-fastvit.
 TOP1 = {
     'RepViT:m0_6': 74.1,
     'RepViT:m0_9': 78.7,
@@ -75,7 +76,7 @@ TOP1 = {
     'FastViT:sa36': 84.2,
     'FastViT:ma36': 84.6,
 }
-"""Published accuracy of the variants; those that are registered are measured if none is named."""
+"""Published accuracy of the distilled variants; those that are registered are measured if none is named."""
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
