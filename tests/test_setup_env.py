@@ -434,6 +434,7 @@ def test_cached_wheel_needs_no_compiler(setup_env, environment, packages, calls,
         ([], 'no output'),
         (['killed', ''], 'killed'),
         (['ERROR: no space left', '[notice] there is a new pip'], 'ERROR: no space left'),
+        (['ERROR: Cannot install a and b', 'ERROR: ResolutionImpossible: see'], 'ERROR: Cannot install a and b'),
         (
             [
                 "WARNING: Retrying after connection broken by 'NewConnectionError'",
@@ -500,7 +501,11 @@ def test_interrupted_build_does_not_go_on(environment, fake_python, packages, ch
     )
     put(tmp_path / 'Python.h')
     program = subprocess.Popen(
-        [sys.executable, checkout / 'tools/setup_env.py'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, checkout / 'tools/setup_env.py'],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, 'XDG_CACHE_HOME': str(tmp_path), 'CXX': sys.executable},
     )
     deadline = time.monotonic() + 60
     while not (started.exists() and started.read_text()) and time.monotonic() < deadline:

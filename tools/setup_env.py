@@ -58,7 +58,7 @@ def need(condition: object, message: str) -> None:
 def last_words(lines: list[str]) -> str:
     """The line of a failed command's output that says most about why it failed."""
     unreachable = any('connection broken by' in line for line in lines)
-    for pattern in (r'.*: (fatal )?error: ', r'[\w.]+Error: ', r'ERROR: ', '.'):
+    for pattern in (r'.*: (fatal )?error: ', r'[\w.]+Error: ', r'ERROR: (?!ResolutionImpossible)', '.'):
         matching = [line.strip() for line in lines if re.match(pattern, line.strip())]
         if matching:
             return matching[-1] + (' (the package index could not be reached)' if unreachable else '')
