@@ -159,7 +159,7 @@ def test_pip_reads_the_stack(setup_env, environment, packages, calls, answers):
     environment.install()
     file = str(environment.requirements)
     assert calls == [
-        ('install', '-c', file, 'torch', 'setuptools', 'wheel', 'ninja', 'psutil'),
+        ('install', '-c', file, 'torch==2.13.0', 'setuptools', 'wheel', 'ninja', 'psutil'),
         ('install', '--no-build-isolation', str(wheel), '-r', file, '-e', str(environment.root)),
         ('install', '--no-deps', f'opencv-python-headless=={environment.pins["opencv-python"]}'),
     ]

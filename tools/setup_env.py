@@ -167,8 +167,9 @@ class Environment:
             self.stamp.unlink()
         if self.mmcv and not any(WHEELS.glob(f'{self.wheel_prefix}*/*.whl')):
             self.check_compiler()
-        say(f'installing torch {self.pins["torch"]}')
-        self.pip('install', '-c', self.requirements, 'torch', 'setuptools', 'wheel', 'ninja', 'psutil')
+        torch = f'torch=={self.pins["torch"]}'
+        say(f'installing {torch}')
+        self.pip('install', '-c', self.requirements, torch, 'setuptools', 'wheel', 'ninja', 'psutil')
         wheels = [self.mmcv_wheel()] if self.mmcv else []
         say(f'installing the rest of {self.requirements.name}')
         self.pip('install', '--no-build-isolation', *wheels, '-r', self.requirements, '-e', self.root)
