@@ -1,19 +1,26 @@
-# Any Python from 3.10 to 3.12; it is only asked to make .venv.
+# Any Python from 3.10 to 3.12; it is only asked to make the environment.
 PYTHON ?= python3
-VENV_PYTHON := .venv/bin/python
+# What is installed: requirements/STACK.txt. openmmlab lies in .venv, any other stack in .venv-STACK.
+STACK ?= openmmlab
+VENV := $(if $(filter openmmlab,$(STACK)),.venv,.venv-$(STACK))
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test test-oldest lint
 
 setup:
-	@$(PYTHON) tools/setup_env.py
+	@$(PYTHON) tools/setup_env.py $(STACK)
 
 demo: setup
-	$(VENV_PYTHON) tools/demo.py
+	$(VENV)/bin/python tools/demo.py
 
 # ARGS goes to pytest: make test ARGS='-k fusion -m "not slow"'
 test: setup
-	$(VENV_PYTHON) -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+# The lowest versions that the package accepts, without mmcv's compiled operators. Needs 6 GB for a torch with CUDA.
+test-oldest:
+	@$(PYTHON) tools/setup_env.py oldest
+	.venv-oldest/bin/python -m pytest -m 'not needs_ops' $(ARGS)
 
 lint: setup
-	$(VENV_PYTHON) -m ruff check
-	$(VENV_PYTHON) -m ruff format --check
+	$(VENV)/bin/python -m ruff check
+	$(VENV)/bin/python -m ruff format --check

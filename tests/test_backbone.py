@@ -720,6 +720,7 @@ class TestArguments:
 
 
 class TestRegistry:
+    @pytest.mark.needs_ops
     def test_type_resolves_from_every_scope(self, build):
         import mmdet.registry
         import mmseg.registry

@@ -264,7 +264,11 @@ def test_train_from_the_command_line(tmp_path):
         ),
         (['train', '--out-dir', f'{DETECTION}/out'], 'cannot be made'),
         (['model', 'absent.py'], 'config absent.py not found'),
-        (['model', str(DETECTION), '--train', '--size', '64'], 'trains with live statistics'),
+        pytest.param(
+            ['model', str(DETECTION), '--train', '--size', '64'],
+            'trains with live statistics',
+            marks=pytest.mark.needs_ops,
+        ),
     ],
 )
 def test_one_line_on_what_cannot_be_measured(arguments, message, tmp_path):
@@ -290,6 +294,7 @@ def test_without_names_all_of_published_accuracy_are_measured():
 
 @pytest.mark.parametrize('train', [False, True])
 @pytest.mark.slow
+@pytest.mark.needs_ops
 def test_whole_models(tmp_path, train):
     options = ['--train', '--batch', '2', '--cfg-options', 'model.backbone.norm_eval=True'] if train else []
     done = launch(

@@ -224,6 +224,7 @@ class TestVerdict:
                 assert len(warned) == (tap != trained)
 
     @pytest.mark.slow
+    @pytest.mark.needs_ops
     def test_detector_of_the_authors_loads_with_nothing_missing_or_left_over(self, tmp_path):
         """Their heads have today's names; `strict` makes the framework itself refuse anything else."""
         from mmdet.registry import MODELS

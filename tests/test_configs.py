@@ -20,6 +20,9 @@ from torch import nn
 from repvit_mm import RepViT
 from repvit_mm.datasets import shapes
 
+# Every config stands on one of MMDetection's or MMSegmentation's.
+pytestmark = pytest.mark.needs_ops
+
 CONFIGS = Path(__file__).parents[1] / 'configs'
 DETECTION = sorted((CONFIGS / 'det').glob('*.py'))
 SEGMENTATION = sorted((CONFIGS / 'seg').glob('*.py'))

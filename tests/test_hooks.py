@@ -211,6 +211,7 @@ def test_model_without_our_backbone_ends_the_run(net, make_runner):
         make_runner(Net(Foreign()), FUSE).test()
 
 
+@pytest.mark.needs_ops
 def test_hook_resolves_from_every_scope():
     import mmdet.registry
     import mmseg.registry

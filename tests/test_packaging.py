@@ -214,6 +214,7 @@ def test_custom_imports_find_the_backbone_from_any_folder(elsewhere, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.needs_ops
 @pytest.mark.parametrize('task', ['det', 'seg'])
 def test_configs_can_be_built_upon_from_any_folder(elsewhere, tmp_path, task):
     """`_base_ = 'repvit_mm::...'` gives a Runner the very config that the file gives.

@@ -195,6 +195,7 @@ def launch(folder: Path, tool: str, *arguments: str) -> subprocess.CompletedProc
 
 
 @pytest.mark.slow
+@pytest.mark.needs_ops
 def test_from_end_to_end(tmp_path):
     """Real models, configs and data; published is what tools/test.py measures without fusing."""
     write_shapes(tmp_path / 'data/shapes', train=1, val=2, size=96, seed=0)

@@ -586,6 +586,7 @@ REAL = {
 
 
 @pytest.mark.slow
+@pytest.mark.needs_ops
 @pytest.mark.parametrize('config', REAL, ids=lambda path: path.stem)
 def test_killed_training_of_a_real_model(tmp_path, config):
     """Six iterations of tools/train.py, killed before the last one."""

@@ -3,39 +3,39 @@
 import ast
 import importlib.util
 import os
-import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 import venv
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / 'tools' / 'setup_env.py'
-FACTS = {
-    'tag': 'cpython-311',
-    'platform': 'linux-x86_64',
-    'version': '3.11',
-    'torch': True,
-    'cuda': None,
-    'gpu': False,
-    'cuda_home': None,
-}
-KEY = 'mmcv2.1.0-torch2.13.0-cpython-311-linux-x86_64'
+STACKS = [path.stem for path in (ROOT / 'requirements').glob('*.txt')]
+SUFFIX = '-cpython-311-linux-x86_64'
+KEY = f'mmcv2.1.0-torch2.13.0{SUFFIX}'
+WHEEL = 'mmcv-2.1.0-cp311-cp311-linux_x86_64.whl'
 
 
-def load() -> ModuleType:
+@pytest.fixture
+def setup_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The program, with a cache of its own."""
     spec = importlib.util.spec_from_file_location('setup_env', PROGRAM)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.WHEELS = tmp_path / 'cache' / 'repvit_mm' / 'wheels'
+    for name in ('CXX', 'MAX_JOBS', 'MMCV_WITH_OPS'):
+        # Set first: then what the program writes is taken back.
+        monkeypatch.setenv(name, '')
+        monkeypatch.delenv(name)
     return module
 
 
@@ -43,49 +43,61 @@ def load() -> ModuleType:
 def checkout(tmp_path: Path) -> Path:
     """A folder with the files that decide what the environment holds."""
     root = tmp_path / 'checkout'
-    (root / 'tools').mkdir(parents=True)
-    for name in ('tools/setup_env.py', 'setup.py', 'pyproject.toml'):
+    for name in (
+        'tools/setup_env.py',
+        'setup.py',
+        'pyproject.toml',
+        *(f'requirements/{stack}.txt' for stack in STACKS),
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, root / name)
     return root
 
 
 @pytest.fixture
-def setup_env(checkout: Path, tmp_path: Path) -> ModuleType:
-    """The program, at work in that folder, with a cache of its own and a folder for the log."""
-    module = load()
-    module.ROOT = checkout
-    module.VENV = checkout / '.venv'
-    module.PYTHON = module.VENV / 'bin' / 'python'
-    module.STAMP = module.VENV / 'repvit_mm.stamp'
-    module.LOG = tmp_path / 'setup.log'
-    module.WHEELS = tmp_path / 'cache' / 'repvit_mm' / 'wheels'
-    return module
+def environment(setup_env: ModuleType, checkout: Path, tmp_path: Path):
+    """The environment of that checkout, which is yet to be made, with its log elsewhere."""
+    environment = setup_env.Environment(checkout, 'openmmlab')
+    environment.log = tmp_path / 'setup.log'
+    return environment
 
 
 @pytest.fixture
-def environment(setup_env: ModuleType) -> Path:
-    """A real environment in `.venv`, without pip, with one small package in it.
-
-    Returns:
-        The folder of its packages.
-    """
-    venv.create(setup_env.VENV, symlinks=True)
-    packages = next(setup_env.VENV.glob('lib/python*/site-packages'))
+def packages(environment) -> Path:
+    """The folder of packages of the environment, which is made, without pip, and has one small package."""
+    venv.create(environment.folder, symlinks=True)
+    packages = next(environment.folder.glob('lib/python*/site-packages'))
     info = packages / 'thing-1.0.dist-info'
     info.mkdir()
-    (packages / 'thing.py').touch()
     (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n')
-    (info / 'RECORD').write_text('thing.py,,\n__pycache__/thing.pyc,,\nthing-1.0.dist-info/METADATA,,\n')
-    (setup_env.VENV / 'bin' / 'pip').write_text(f'#!{setup_env.PYTHON}\n')
+    (info / 'RECORD').write_text('thing-1.0.dist-info/METADATA,,\n')
+    (environment.folder / 'bin' / 'pip').write_text(f'#!{environment.python}\n')
     return packages
 
 
 @pytest.fixture
-def facts(tmp_path: Path) -> dict:
-    """A machine on which mmcv can be built."""
-    (tmp_path / 'include').mkdir()
-    (tmp_path / 'include' / 'Python.h').touch()
-    return {**FACTS, 'include': str(tmp_path / 'include')}
+def calls(environment, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """What pip is asked from here on, in place of being run."""
+    calls = []
+    monkeypatch.setattr(environment, 'pip', lambda *arguments: calls.append(tuple(str(word) for word in arguments)))
+    return calls
+
+
+@pytest.fixture
+def answers(environment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str | Exception]:
+    """Word -> what the environment's Python answers to a program with that word, where mmcv can be built."""
+    (tmp_path / 'include/python3.11').mkdir(parents=True)
+    (tmp_path / 'include/python3.11/Python.h').touch()
+    answers = {'get_platform': SUFFIX, 'get_paths': str(tmp_path / 'include/python3.11'), 'cv2': '', 'mmcv.ops': ''}
+
+    def ask(program: str) -> str:
+        (answer,) = (answer for word, answer in answers.items() if word in program)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(environment, 'ask', ask)
+    return answers
 
 
 @pytest.fixture
@@ -95,249 +107,260 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.parent.mkdir()
     program.touch(mode=0o755)
     monkeypatch.setenv('PATH', str(program.parent))
-    monkeypatch.delenv('CXX', raising=False)
     return program
 
 
-def put_wheel(folder: Path, *names: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    wheel = folder / 'mmcv-2.1.0-cp311-cp311-linux_x86_64.whl'
-    with zipfile.ZipFile(wheel, 'w') as archive:
-        for name in names:
-            archive.writestr(name, '')
-    return wheel
+def put(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------- the stacks
+
+
+@pytest.mark.parametrize(
+    ('stack', 'folder', 'mmcv'), [('openmmlab', '.venv', 'mmcv==2.1.0'), ('oldest', '.venv-oldest', '')]
+)
+def test_each_stack_has_a_file_and_a_folder(setup_env, checkout, stack, folder, mmcv):
+    environment = setup_env.Environment(checkout, stack)
+    assert environment.folder == checkout / folder
+    assert environment.mmcv == mmcv
+
+
+def test_stack_of_a_fork_is_a_file(setup_env, checkout):
+    (checkout / 'requirements/onedl.txt').write_text('torch==2.13.0\nonedl-mmcv==2.3.6  # with its operators\n')
+    environment = setup_env.Environment(checkout, 'onedl')
+    assert environment.folder == checkout / '.venv-onedl'
+    assert environment.mmcv == 'onedl-mmcv==2.3.6'
+    assert environment.wheel_prefix == 'onedl-mmcv2.3.6-torch2.13.0'
+
+
+def test_unknown_stack_is_refused(checkout):
+    done = subprocess.run(
+        [sys.executable, checkout / 'tools/setup_env.py', 'mmlab'], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "invalid choice: 'mmlab' (choose from" in done.stderr.splitlines()[-1]
+    assert all(stack in done.stderr.splitlines()[-1] for stack in STACKS)
+
+
+def test_pre_commit_checks_with_the_installed_ruff(setup_env):
+    hooks = yaml.safe_load((ROOT / '.pre-commit-config.yaml').read_text())['repos']
+    (revision,) = (repo['rev'] for repo in hooks if 'ruff' in repo['repo'])
+    assert setup_env.Environment(ROOT, 'openmmlab').pins['ruff'] == revision.removeprefix('v')
+
+
+# -------------------------------------------------------------------------------------------------------- installation
+
+
+def test_pip_reads_the_stack(setup_env, environment, packages, calls, answers):
+    wheel = put(setup_env.WHEELS / KEY / WHEEL)
+    environment.install()
+    file = str(environment.requirements)
+    assert calls == [
+        ('install', '-c', file, 'torch==2.13.0', 'setuptools', 'wheel', 'ninja', 'psutil'),
+        ('install', '--no-build-isolation', str(wheel), '-r', file, '-e', str(environment.root)),
+        ('install', '--no-deps', f'opencv-python-headless=={environment.pins["opencv-python"]}'),
+    ]
+    assert environment.is_ready()
+
+
+@pytest.mark.parametrize(('module', 'broken'), [('cv2', 'not the headless build'), ('mmcv.ops', 'no mmcv._ext')])
+def test_what_does_not_work_is_not_ready(setup_env, environment, packages, calls, answers, module, broken):
+    put(setup_env.WHEELS / KEY / WHEEL)
+    answers[module] = setup_env.BrokenEnvironment(broken)
+    with pytest.raises(setup_env.BrokenEnvironment, match=broken):
+        environment.install()
+    assert not environment.is_ready()
 
 
 # ----------------------------------------------------------------------------------------------------------- the wheel
 
 
 @pytest.mark.parametrize(
-    ('cuda', 'gpu', 'key'),
-    [
-        (None, False, KEY),
-        ('12.8', True, KEY.replace('2.13.0', '2.13.0+cu128')),
-        ('12.8', False, KEY.replace('2.13.0', '2.13.0+cu128.nogpu')),
-    ],
+    ('cuda', 'gpu', 'suffix'), [(None, False, ''), ('12.8', True, '+cu128'), ('12.8', False, '+cu128.nogpu')]
 )
-def test_wheel_key_names_all_that_the_wheel_depends_on(setup_env, cuda, gpu, key):
-    facts = {**FACTS, 'cuda': cuda, 'gpu': gpu}
-    assert setup_env.wheel_key(facts, setup_env.cuda_suffix(facts)) == key
+def test_wheel_key_names_all_that_the_wheel_depends_on(setup_env, environment, packages, cuda, gpu, suffix):
+    """Asked of a Python in which torch is a file of two values."""
+    (packages / 'torch.py').write_text(
+        'from types import SimpleNamespace\n'
+        f'version = SimpleNamespace(cuda={cuda!r})\n'
+        f'cuda = SimpleNamespace(is_available=lambda: {gpu})\n'
+    )
+    tag = f'{sys.implementation.cache_tag}-{sysconfig.get_platform()}'
+    assert environment.ask(setup_env.WHEEL_SUFFIX) == f'{suffix}-{tag}'
 
 
-def test_facts_are_those_of_the_environments_python(setup_env):
-    setup_env.PYTHON = Path(sys.executable)
-    facts = setup_env.environment_facts()
-    assert facts['tag'] == sys.implementation.cache_tag
-    assert facts['platform'] == sysconfig.get_platform()
-    assert facts['version'] == f'{sys.version_info.major}.{sys.version_info.minor}'
-    assert facts['include'] == sysconfig.get_paths()['include']
-    assert facts['torch'] is True
-    assert (facts['cuda'], facts['gpu']) == (torch.version.cuda, torch.cuda.is_available())
+def test_broken_torch_is_named(setup_env, environment, packages):
+    (packages / 'torch.py').write_text('raise ImportError("libtorch.so is missing")')
+    with pytest.raises(
+        setup_env.BrokenEnvironment, match=r'\.venv does not work: ImportError: libtorch\.so is missing'
+    ):
+        environment.ask(setup_env.WHEEL_SUFFIX)
 
 
-def test_facts_of_a_broken_torch_are_refused(setup_env, environment):
-    (environment / 'torch.py').write_text('raise ImportError("libtorch.so is missing")')
-    (environment / 'thing-1.0.dist-info').rename(environment / 'torch-1.0.dist-info')
-    (environment / 'torch-1.0.dist-info' / 'METADATA').write_text('Metadata-Version: 2.1\nName: torch\nVersion: 1.0\n')
-    with pytest.raises(setup_env.SetupError, match=r'libtorch\.so is missing'):
-        setup_env.environment_facts()
+def test_cached_wheel_is_used_without_a_build(setup_env, environment, calls, answers):
+    wheel = put(setup_env.WHEELS / KEY / WHEEL)
+    assert environment.mmcv_wheel() == wheel
+    assert not calls
 
 
-def test_cached_wheel_is_used_without_a_build(setup_env, facts, monkeypatch):
-    wheel = put_wheel(setup_env.WHEELS / KEY, 'mmcv/_ext.so')
-    monkeypatch.setattr(setup_env, 'pip', lambda *args, **kwargs: pytest.fail('there is nothing to build'))
-    assert setup_env.mmcv_wheel(facts) == wheel
+@pytest.fixture
+def build(
+    setup_env: ModuleType, environment, answers, compiler, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """Builds the wheel with a pip that writes one of the given name and may then fail."""
+
+    def build(name: str, error: Exception | None = None) -> Path:
+        def pip(*arguments):
+            assert arguments[0] == 'wheel' and arguments[-1] == 'mmcv==2.1.0'
+            assert os.environ['MMCV_WITH_OPS'] == '1'
+            assert int(os.environ['MAX_JOBS']) >= 1
+            target = Path(arguments[arguments.index('--wheel-dir') + 1])
+            # The move into the cache is atomic within one file system only.
+            assert target.parent == setup_env.WHEELS
+            put(target / name)
+            assert not (setup_env.WHEELS / KEY).exists()
+            if error:
+                raise error
+
+        monkeypatch.setattr(environment, 'pip', pip)
+        return environment.mmcv_wheel()
+
+    return build
 
 
-def test_wheel_for_another_torch_is_not_used(setup_env, facts, compiler, monkeypatch):
-    put_wheel(setup_env.WHEELS / KEY.replace('2.13.0', '2.12.0'), 'mmcv/_ext.so')
-
-    def build(folder):
-        put_wheel(folder, 'mmcv/_ext.so')
-
-    monkeypatch.setattr(setup_env, 'build_wheel', build)
-    assert setup_env.mmcv_wheel(facts).parent.name == KEY
-
-
-def fake_pip(setup_env: ModuleType, *names: str, error: Exception | None = None) -> Callable[..., None]:
-    """A `pip wheel` that writes a wheel with the given files and may then fail."""
-
-    def pip(*arguments, environment, watch):
-        assert arguments[0] == 'wheel'
-        assert environment['MMCV_WITH_OPS'] == '1'
-        target = Path(arguments[arguments.index('--wheel-dir') + 1])
-        # The move into the cache is atomic within one file system only.
-        assert target.parent == setup_env.WHEELS
-        put_wheel(target, *names)
-        assert not list(setup_env.WHEELS.glob('mmcv*/*.whl'))
-        if error:
-            raise error
-
-    return pip
-
-
-def test_built_wheel_lands_in_the_cache(setup_env, facts, compiler, monkeypatch):
-    monkeypatch.setattr(setup_env, 'pip', fake_pip(setup_env, 'mmcv/__init__.py', 'mmcv/_ext.cpython-311.so'))
-    wheel = setup_env.mmcv_wheel(facts)
-    assert wheel.parent == setup_env.WHEELS / KEY
-    assert list(setup_env.WHEELS.iterdir()) == [wheel.parent]
+def test_built_wheel_lands_in_the_cache_of_its_torch(setup_env, build):
+    other = put(setup_env.WHEELS / KEY.replace('2.13.0', '2.12.0') / WHEEL)
+    assert build(WHEEL) == setup_env.WHEELS / KEY / WHEEL
+    assert {path.name for path in setup_env.WHEELS.iterdir()} == {other.parent.name, KEY}
 
 
 @pytest.mark.parametrize('interruption', [KeyboardInterrupt(), OSError('disk full')], ids=repr)
-def test_interrupted_build_leaves_nothing_in_the_cache(setup_env, facts, compiler, monkeypatch, interruption):
-    monkeypatch.setattr(setup_env, 'pip', fake_pip(setup_env, 'mmcv/_ext.so', error=interruption))
+def test_interrupted_build_leaves_nothing_in_the_cache(setup_env, build, interruption):
     with pytest.raises(type(interruption)):
-        setup_env.mmcv_wheel(facts)
+        build(WHEEL, interruption)
     assert not list(setup_env.WHEELS.iterdir())
 
 
-def test_wheel_without_operators_is_refused(setup_env, facts, compiler, monkeypatch):
-    monkeypatch.setattr(setup_env, 'pip', fake_pip(setup_env, 'mmcv/__init__.py'))
+def test_wheel_without_operators_is_refused(setup_env, build):
     with pytest.raises(setup_env.SetupError, match='without its compiled operators'):
-        setup_env.mmcv_wheel(facts)
+        build('mmcv-2.1.0-py2.py3-none-any.whl')
     assert not list(setup_env.WHEELS.iterdir())
-
-
-def test_build_says_how_far_it_is(setup_env, capsys):
-    watch = setup_env.progress_reporter(seconds=0)
-    for line in ('Collecting mmcv==2.1.0\n', '  [37/101] c++ -MMD -MF nms.o.d\n', '[1, 2]\n'):
-        watch(line)
-    assert re.fullmatch(r'setup: building mmcv: 37 of 101 files after \d\.\d minutes\n', capsys.readouterr().out)
-
-
-def test_build_does_not_say_so_with_every_file(setup_env, capsys):
-    watch = setup_env.progress_reporter(seconds=3600)
-    watch('[1/101] c++\n')
-    assert not capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------- is there nothing to do?
 
 
-def test_finished_environment_is_taken_as_it_is(setup_env, environment):
-    assert not setup_env.is_ready()
-    setup_env.write_stamp()
-    assert setup_env.is_ready()
-    assert setup_env.STAMP.read_text().split()[1:] == ['thing==1.0']
+@pytest.fixture
+def finished(environment, packages) -> Path:
+    """The folder of packages of an environment that was finished."""
+    assert not environment.is_ready()
+    environment.stamp.write_text('\n'.join(environment.contents()))
+    assert environment.is_ready()
+    return packages
 
 
-def add_package(packages: Path) -> None:
-    shutil.copytree(packages / 'thing-1.0.dist-info', packages / 'more-2.0.dist-info')
-    (packages / 'more-2.0.dist-info' / 'METADATA').write_text('Metadata-Version: 2.1\nName: more\nVersion: 2.0\n')
-
-
-def test_package_of_ones_own_does_no_harm(setup_env, environment):
-    setup_env.write_stamp()
-    add_package(environment)
-    assert setup_env.installed() == ['more==2.0', 'thing==1.0']
-    assert setup_env.is_ready()
+def test_package_of_ones_own_does_no_harm(environment, finished):
+    shutil.copytree(finished / 'thing-1.0.dist-info', finished / 'more-2.0.dist-info')
+    assert environment.is_ready()
 
 
 @pytest.mark.parametrize(
-    'damage',
+    'change',
     [
-        pytest.param(lambda packages: (packages / 'thing.py').unlink(), id='lost file'),
-        pytest.param(lambda packages: (packages / 'thing-1.0.dist-info/RECORD').unlink(), id='half installed'),
-        pytest.param(lambda packages: (packages.parents[2] / 'bin/python').unlink(), id='no Python'),
+        pytest.param(lambda info: info.rename(info.with_name('thing-1.1.dist-info')), id='other version'),
+        pytest.param(lambda info: shutil.rmtree(info), id='lost package'),
+        pytest.param(lambda info: (info / 'RECORD').unlink(), id='half installed'),
     ],
 )
-def test_broken_environment_is_neither_trusted_nor_built_upon(setup_env, environment, damage):
-    setup_env.write_stamp()
-    assert setup_env.venv_is_usable()
-    damage(environment)
-    assert not setup_env.is_ready()
-    assert not setup_env.venv_is_usable()
+def test_environment_that_was_changed_is_put_right(environment, finished, change):
+    change(finished / 'thing-1.0.dist-info')
+    assert not environment.is_ready()
+    assert environment.is_usable()
 
 
-@pytest.mark.parametrize('name', ['tools/setup_env.py', 'setup.py', 'pyproject.toml'])
-def test_changed_set_up_is_done_anew(setup_env, environment, checkout, name):
-    setup_env.write_stamp()
+@pytest.mark.parametrize('name', ['tools/setup_env.py', 'setup.py', 'pyproject.toml', 'requirements/openmmlab.txt'])
+def test_changed_set_up_is_done_anew(environment, finished, checkout, name):
     with (checkout / name).open('a') as file:
         file.write('\n')
-    assert not setup_env.is_ready()
-    assert setup_env.venv_is_usable()
+    assert not environment.is_ready()
+    assert environment.is_usable()
 
 
-def test_other_version_is_put_right(setup_env, environment):
-    setup_env.write_stamp()
-    metadata = environment / 'thing-1.0.dist-info' / 'METADATA'
-    metadata.write_text(metadata.read_text().replace('1.0', '1.1'))
-    assert not setup_env.is_ready()
-    assert setup_env.venv_is_usable()
+@pytest.mark.parametrize('lost', ['bin/python', 'bin/pip', ''])
+def test_environment_without_python_or_pip_is_not_built_upon(environment, finished, lost):
+    if lost:
+        (environment.folder / lost).unlink()
+    else:
+        shutil.rmtree(environment.folder)
+    assert not environment.is_ready()
+    assert not environment.is_usable()
 
 
-def test_environment_that_was_moved_is_not_built_upon(setup_env, environment, checkout):
-    setup_env.write_stamp()
-    setup_env.ROOT = checkout.rename(checkout.with_name('moved'))
-    setup_env.VENV = setup_env.ROOT / '.venv'
-    setup_env.PYTHON = setup_env.VENV / 'bin' / 'python'
-    setup_env.STAMP = setup_env.VENV / 'repvit_mm.stamp'
-    assert setup_env.installed() == ['thing==1.0']
-    assert not setup_env.is_ready()
-    assert not setup_env.venv_is_usable()
+def test_environment_that_was_moved_is_not_built_upon(setup_env, finished, checkout):
+    moved = setup_env.Environment(checkout.rename(checkout.with_name('moved')), 'openmmlab')
+    assert moved.python.exists()
+    assert not moved.is_ready()
+    assert not moved.is_usable()
 
 
-def test_environment_of_an_unsupported_python_is_not_built_upon(setup_env, environment):
-    setup_env.OLDEST_PYTHON = setup_env.NEWEST_PYTHON = (3, 9)
-    assert not setup_env.venv_is_usable()
-
-
-def test_no_environment_is_not_built_upon(setup_env):
-    assert not setup_env.is_ready()
-    assert not setup_env.venv_is_usable()
-
-
-@pytest.fixture
-def steps(setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The program's large steps, made to report what they were asked."""
-    steps = SimpleNamespace(done=[], usable=True, problems=[])
-
-    def install() -> str | None:
-        steps.done.append('install')
-        return steps.problems.pop(0)
-
-    monkeypatch.setattr(setup_env, 'venv_is_usable', lambda: steps.usable)
-    monkeypatch.setattr(setup_env, 'make_venv', lambda: steps.done.append('make'))
-    monkeypatch.setattr(setup_env, 'install', install)
-    monkeypatch.setattr(setup_env, 'write_stamp', lambda: steps.done.append('stamp'))
-    return steps
+def test_environment_of_an_unsupported_python_is_not_built_upon(setup_env, environment, finished):
+    setup_env.PYTHONS = ('3.8', '3.9')
+    assert not environment.is_usable()
 
 
 @pytest.mark.parametrize(
     ('usable', 'problems', 'done'),
     [
-        (True, [None], ['install', 'stamp']),
-        (False, [None], ['make', 'install', 'stamp']),
-        (True, ['no mmcv._ext', None], ['install', 'make', 'install', 'stamp']),
+        (True, [None], ['install']),
+        (False, [None], ['make', 'install']),
+        (True, ['no mmcv._ext', None], ['install', 'make', 'install']),
     ],
     ids=['usable', 'unusable', 'broken inside'],
 )
-def test_environment_is_kept_where_it_works_and_made_anew_where_not(setup_env, steps, usable, problems, done):
-    steps.usable, steps.problems = usable, problems
-    setup_env.main()
-    assert steps.done == done
+def test_environment_is_kept_where_it_works_and_made_anew_where_not(
+    setup_env, environment, monkeypatch, usable, problems, done
+):
+    steps = []
+
+    def install():
+        steps.append('install')
+        problem = problems.pop(0)
+        if problem:
+            raise setup_env.BrokenEnvironment(problem)
+
+    monkeypatch.setattr(environment, 'is_usable', lambda: usable)
+    monkeypatch.setattr(environment, 'make', lambda: steps.append('make'))
+    monkeypatch.setattr(environment, 'install', install)
+    setup_env.main(environment)
+    assert steps == done
+    problems[:] = ['no cv2', 'no cv2']
+    with pytest.raises(setup_env.BrokenEnvironment, match='no cv2'):
+        setup_env.main(environment)
 
 
-@pytest.mark.parametrize(
-    ('usable', 'problems'), [(False, ['no cv2']), (True, ['no cv2', 'no cv2'])], ids=['new', 'made anew']
-)
-def test_new_environment_that_does_not_work_is_an_error(setup_env, steps, usable, problems):
-    steps.usable, steps.problems = usable, problems
-    with pytest.raises(setup_env.SetupError, match='no cv2'):
-        setup_env.main()
-    assert 'stamp' not in steps.done
+def test_unreachable_index_does_not_cost_the_environment(setup_env, environment, finished, monkeypatch):
+    def install():
+        raise setup_env.SetupError('pip install failed')
+
+    environment.stamp.unlink()
+    monkeypatch.setattr(environment, 'install', install)
+    monkeypatch.setattr(environment, 'make', lambda: pytest.fail('the environment was wiped'))
+    with pytest.raises(setup_env.SetupError, match='pip install failed'):
+        setup_env.main(environment)
 
 
-def test_interrupted_repair_is_not_trusted(setup_env, environment, monkeypatch):
-    setup_env.write_stamp()
+def test_interrupted_repair_is_not_trusted(environment, finished, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
 
-    def refuse(facts):
-        raise setup_env.SetupError('too little disk')
-
-    monkeypatch.setattr(setup_env, 'preflight', refuse)
-    with pytest.raises(setup_env.SetupError, match='too little disk'):
-        setup_env.install()
-    assert not setup_env.is_ready()
+    monkeypatch.setattr(environment, 'check_compiler', lambda: None)
+    monkeypatch.setattr(environment, 'pip', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        environment.install()
+    assert not environment.is_ready()
 
 
 # ----------------------------------------------------------------------------------------------------------- preflight
@@ -350,95 +373,56 @@ def test_program_parses_on_old_pythons():
 @pytest.mark.parametrize(
     ('version', 'supported'), [((3, 9), False), ((3, 10), True), ((3, 12), True), ((3, 13), False)]
 )
-def test_unsupported_python_is_refused(setup_env, monkeypatch, version, supported):
-    text = f'{version[0]}.{version[1]}.4'
-    monkeypatch.setattr(
-        setup_env, 'sys', SimpleNamespace(version_info=(*version, 4), version=f'{text} (main)', executable='/bin/py')
-    )
+def test_unsupported_python_is_refused(setup_env, environment, monkeypatch, version, supported):
+    monkeypatch.setattr(setup_env, 'sys', SimpleNamespace(version_info=(*version, 4), executable='/bin/py'))
+    commands = []
+    monkeypatch.setattr(setup_env, 'run', lambda failure, *command: commands.append(command))
     if supported:
-        setup_env.check_python()
+        environment.make()
+        assert commands == [('/bin/py', '-m', 'venv', '--clear', environment.folder)]
     else:
-        with pytest.raises(setup_env.SetupError, match=rf'Python {text} \(/bin/py\) is not supported, 3\.10 to 3\.12 '):
-            setup_env.check_python()
+        text = rf'Python {version[0]}\.{version[1]} \(/bin/py\) is not supported, 3\.10 to 3\.12 are'
+        with pytest.raises(setup_env.SetupError, match=text):
+            environment.make()
+        assert not commands
 
 
-@pytest.mark.parametrize('module', ['venv', 'ensurepip'])
-def test_python_that_cannot_make_environments_is_refused(setup_env, monkeypatch, module):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == module else find_spec(name))
-    with pytest.raises(setup_env.SetupError, match=rf'has no module {module}: .*apt-get install python3\.\d+-venv'):
-        setup_env.check_python()
+def test_python_that_cannot_make_environments_is_refused(setup_env, environment, monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(setup_env.SetupError, match=r'has no module ensurepip: .*apt-get install python3\.\d+-venv'):
+        environment.make()
 
 
-def test_full_disk_is_refused(setup_env, monkeypatch, tmp_path):
+def test_full_disk_is_refused(setup_env, environment, monkeypatch):
     monkeypatch.setattr(shutil, 'disk_usage', lambda folder: SimpleNamespace(free=int(7.9e9)))
-    setup_env.check_disk(tmp_path, 7, 'the environment')
-    # A folder that is yet to be made lies on the disk of its parent.
-    with pytest.raises(setup_env.SetupError, match=rf'{tmp_path} has 7\.9 GB of free disk, the environment needs 8 GB'):
-        setup_env.check_disk(tmp_path / 'not' / 'yet', 8, 'the environment')
+    with pytest.raises(setup_env.SetupError, match=rf'{environment.root} has 7\.9 GB of free disk, .* needs 8'):
+        environment.make()
 
 
-def test_machine_that_can_build_is_accepted(setup_env, facts, compiler):
-    setup_env.check_compiler(facts)
-
-
-def test_missing_compiler_is_refused(setup_env, facts, compiler):
+def test_machine_that_cannot_build_is_refused(setup_env, environment, answers, compiler, monkeypatch):
+    environment.check_compiler()
+    Path(answers['get_paths'], 'Python.h').unlink()
+    with pytest.raises(setup_env.SetupError, match=r'no .*/Python\.h, .*apt-get install python3\.11-dev'):
+        environment.check_compiler()
     compiler.unlink()
     with pytest.raises(setup_env.SetupError, match=r'no C\+\+ compiler \(c\+\+\).*apt-get install g\+\+'):
-        setup_env.check_compiler(facts)
-
-
-def test_missing_compiler_of_ones_own_is_refused(setup_env, facts, compiler, monkeypatch):
+        environment.check_compiler()
     monkeypatch.setenv('CXX', 'clang++-19')
     with pytest.raises(setup_env.SetupError, match=r'no C\+\+ compiler \(clang\+\+-19\)'):
-        setup_env.check_compiler(facts)
-
-
-def test_missing_headers_are_refused(setup_env, facts, compiler):
-    Path(facts['include'], 'Python.h').unlink()
-    with pytest.raises(setup_env.SetupError, match=r'include/Python\.h\) are missing.*apt-get install python3\.11-dev'):
-        setup_env.check_compiler(facts)
-
-
-def test_gpu_without_its_compiler_is_refused(setup_env, facts, compiler):
-    facts.update(cuda='12.8', gpu=True)
-    with pytest.raises(setup_env.SetupError, match=r'no CUDA compiler \(nvcc\).*CUDA toolkit 12\.8'):
-        setup_env.check_compiler(facts)
-    setup_env.check_compiler({**facts, 'cuda_home': '/usr/local/cuda'})
+        environment.check_compiler()
 
 
 @pytest.mark.parametrize('key', [KEY, KEY.replace('2.13.0', '2.13.0+cu128')], ids=['cpu', 'cuda'])
-def test_cached_wheel_needs_no_compiler(setup_env, facts, compiler, key):
+def test_cached_wheel_needs_no_compiler(setup_env, environment, packages, calls, answers, compiler, key):
     compiler.unlink()
-    # Which of its builds torch will be is not known before it is there.
-    facts['torch'] = False
     with pytest.raises(setup_env.SetupError, match='compiler'):
-        setup_env.preflight(facts)
-    put_wheel(setup_env.WHEELS / key, 'mmcv/_ext.so')
-    setup_env.preflight(facts)
-
-
-@pytest.mark.parametrize(
-    ('gigabytes', 'torch_installed', 'wheel_cached', 'refused'),
-    [
-        (5, False, True, 'the environment'),
-        (5, True, True, None),
-        (1.5, True, False, 'building mmcv'),
-        (5, True, False, None),
-    ],
-)
-def test_disk_is_asked_for_what_is_to_come(
-    setup_env, facts, compiler, monkeypatch, gigabytes, torch_installed, wheel_cached, refused
-):
-    monkeypatch.setattr(shutil, 'disk_usage', lambda folder: SimpleNamespace(free=gigabytes * 1e9))
-    facts['torch'] = torch_installed
-    if wheel_cached:
-        put_wheel(setup_env.WHEELS / KEY, 'mmcv/_ext.so')
-    if refused:
-        with pytest.raises(setup_env.SetupError, match=f'{refused} needs'):
-            setup_env.preflight(facts)
-    else:
-        setup_env.preflight(facts)
+        environment.install()
+    assert not calls, 'something was downloaded before the compiler was missed'
+    # Which of its builds torch will be is not known before it is there.
+    put(setup_env.WHEELS / key / WHEEL)
+    answers['get_platform'] = key.split('2.13.0')[1]
+    environment.install()
+    assert len(calls) == 3
 
 
 # ---------------------------------------------------------------------------------------------------- failing commands
@@ -450,6 +434,7 @@ def test_disk_is_asked_for_what_is_to_come(
         ([], 'no output'),
         (['killed', ''], 'killed'),
         (['ERROR: no space left', '[notice] there is a new pip'], 'ERROR: no space left'),
+        (['ERROR: Cannot install a and b', 'ERROR: ResolutionImpossible: see'], 'ERROR: Cannot install a and b'),
         (
             [
                 "WARNING: Retrying after connection broken by 'NewConnectionError'",
@@ -462,8 +447,8 @@ def test_disk_is_asked_for_what_is_to_come(
             'nms.cpp:1:10: fatal error: x.h: No such file',
         ),
         (
-            ['Traceback', 'RuntimeError: CUDA 12.8 mismatches 13.0', 'ERROR: Failed'],
-            'RuntimeError: CUDA 12.8 mismatches 13.0',
+            ['Traceback', '  OSError: CUDA_HOME environment variable is not set.', 'ERROR: Failed'],
+            'OSError: CUDA_HOME environment variable is not set.',
         ),
     ],
 )
@@ -472,49 +457,64 @@ def test_last_words_tell_why(setup_env, output, words):
 
 
 @pytest.fixture
-def fake_python(setup_env: ModuleType) -> Callable[[str], None]:
+def fake_python(environment) -> Callable[[str], None]:
     """Makes the environment's Python a program that ignores its arguments and runs the given code."""
 
     def write(code: str) -> None:
-        setup_env.PYTHON.parent.mkdir(parents=True)
-        setup_env.PYTHON.write_text(f'#!{sys.executable}\n{code}\n')
-        setup_env.PYTHON.chmod(0o755)
+        environment.python.parent.mkdir(parents=True, exist_ok=True)
+        environment.python.write_text(f'#!{sys.executable}\n{code}\n')
+        environment.python.chmod(0o755)
 
     return write
 
 
-def test_failed_pip_is_one_line_and_a_log(setup_env, fake_python):
-    fake_python('import sys; print("Collecting torch"); sys.exit("ERROR: no such torch")')
+def test_failed_pip_is_one_line_and_a_log(setup_env, environment, fake_python):
+    fake_python('import sys; print("Collecting torch", flush=True); sys.exit("ERROR: no such torch")')
     with pytest.raises(setup_env.SetupError) as error:
-        setup_env.pip('install', 'torch==2.13.0')
-    assert str(error.value) == f'pip install failed: ERROR: no such torch (log: {setup_env.LOG})'
-    assert setup_env.LOG.read_text() == '$ pip install torch==2.13.0\nCollecting torch\nERROR: no such torch\n'
+        environment.pip('install', 'torch==2.13.0')
+    assert str(error.value) == f'pip install failed: ERROR: no such torch (log: {environment.log})'
+    command, *output = environment.log.read_text().splitlines()
+    assert command == f'$ {environment.python} -m pip install torch==2.13.0'
+    assert output == ['Collecting torch', 'ERROR: no such torch']
 
 
-def test_pip_gets_its_variables_and_is_watched(setup_env, fake_python):
-    fake_python('import os; print(os.environ["MAX_JOBS"])')
-    lines = []
-    setup_env.pip('wheel', environment={'MAX_JOBS': '3'}, watch=lines.append)
-    assert lines == ['3\n']
+@pytest.mark.parametrize(('seconds', 'said'), [(0, 'setup: compiled 37 of 101 files\n'), (3600, '')])
+def test_build_says_from_time_to_time_how_far_it_is(setup_env, environment, fake_python, capsys, seconds, said):
+    setup_env.SECONDS_BETWEEN_REPORTS = seconds
+    fake_python('print("Collecting mmcv", "  [37/101] c++ -MMD -MF nms.o.d", "[1, 2]", sep="\\n")')
+    environment.pip('wheel', 'mmcv')
+    assert capsys.readouterr().out == said
 
 
-def test_interrupted_pip_does_not_go_on(setup_env, fake_python):
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_interrupted_build_does_not_go_on(environment, fake_python, packages, checkout, tmp_path, number):
+    """The program is stopped while pip, and a compiler that pip started, are at work."""
+    started = tmp_path / 'started'
+    environment.python.unlink()
     fake_python(
-        'import os, signal, time\n'
-        'signal.signal(signal.SIGINT, signal.SIG_DFL)\n'
-        'print(os.getpid(), flush=True)\n'
-        'time.sleep(60)'
+        'import subprocess, sys\n'
+        'if "pip" not in sys.argv:\n'
+        f'    sys.exit(print({str(tmp_path)!r}))\n'
+        'compiler = subprocess.Popen(["sleep", "60"])\n'
+        f'open({str(started)!r}, "w").write(str(compiler.pid))\n'
+        'compiler.wait()'
     )
-    started = []
-
-    def interrupt(line: str) -> None:
-        started.append(int(line))
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        setup_env.pip('wheel', watch=interrupt)
-    with pytest.raises(ProcessLookupError):
-        os.kill(started[0], 0)
+    put(tmp_path / 'Python.h')
+    program = subprocess.Popen(
+        [sys.executable, checkout / 'tools/setup_env.py'],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, 'XDG_CACHE_HOME': str(tmp_path), 'CXX': sys.executable},
+    )
+    deadline = time.monotonic() + 60
+    while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    program.send_signal(number)
+    assert program.communicate(timeout=60)[1] == 'setup: interrupted; run it again to go on from here\n'
+    assert program.returncode == 1
+    state = Path(f'/proc/{started.read_text()}/stat')
+    assert not state.exists() or state.read_text().split()[2] == 'Z'
 
 
 def test_failure_is_one_line_and_no_traceback(checkout):
@@ -525,12 +525,3 @@ def test_failure_is_one_line_and_no_traceback(checkout):
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(f'setup: creating {checkout / ".venv"} failed: ')
-
-
-# ---------------------------------------------------------------------------------------------------------------- pins
-
-
-def test_pre_commit_checks_with_the_installed_ruff(setup_env):
-    hooks = yaml.safe_load((ROOT / '.pre-commit-config.yaml').read_text())['repos']
-    (revision,) = (repo['rev'] for repo in hooks if 'ruff' in repo['repo'])
-    assert f'ruff=={revision.removeprefix("v")}' in setup_env.REQUIREMENTS

@@ -18,6 +18,9 @@ from repvit_mm import RepViT
 from repvit_mm.checkpoint import read_checkpoint
 from repvit_mm.datasets.shapes import write_shapes
 
+# The launchers run configs, and these stand on MMDetection or MMSegmentation.
+pytestmark = pytest.mark.needs_ops
+
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / 'tools'
 DETECTION = ROOT / 'configs/det/mask_rcnn_repvit_m0_6_fpn_shapes.py'

@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from repvit_mm._versions import FRAMEWORKS, _release, check_frameworks
 
+REQUIREMENTS = Path(__file__).parents[1] / 'requirements'
 GOOD = {'mmengine': '0.10.7', 'mmcv': '2.1.0', 'mmdet': '3.3.0', 'mmsegmentation': '1.2.2'}
 
 
@@ -56,8 +58,8 @@ def test_release_has_three_numbers(version, release):
             'onedl-mmdetection': '3.5.1',
             'onedl-mmsegmentation': '1.4.2',
         },
-        {**GOOD, 'mmcv': '2.0'},
-        {**GOOD, 'mmcv': '2.0.0rc4'},
+        {**GOOD, 'mmcv': '2.1'},
+        {**GOOD, 'mmcv': '2.1.0rc1'},
     ],
     ids=str,
 )
@@ -67,10 +69,11 @@ def test_frameworks_of_the_era_are_accepted(install, distributions):
 
 
 WRONG = [
-    ({'mmcv': '1.7.2'}, 'mmcv>=2.0.0,<3.0.0', 'mmcv 1.7.2'),
-    ({'mmcv': '3.0'}, 'mmcv>=2.0.0,<3.0.0', 'mmcv 3.0'),
-    ({'mmdet': '2.28.2'}, 'mmdet>=3.0.0,<4.0.0', 'mmdet 2.28.2'),
-    ({'mmsegmentation': '0.30.0'}, 'mmseg>=1.0.0,<2.0.0', 'mmseg 0.30.0'),
+    ({'mmcv': '1.7.2'}, 'mmcv>=2.1.0,<3.0.0', 'mmcv 1.7.2'),
+    ({'mmcv': '2.0.1'}, 'mmcv>=2.1.0,<3.0.0', 'mmcv 2.0.1'),
+    ({'mmcv': '3.0'}, 'mmcv>=2.1.0,<3.0.0', 'mmcv 3.0'),
+    ({'mmdet': '2.28.2'}, 'mmdet>=3.3.0,<4.0.0', 'mmdet 2.28.2'),
+    ({'mmsegmentation': '0.30.0'}, 'mmseg>=1.2.2,<2.0.0', 'mmseg 0.30.0'),
     ({'torch': '2.5.1+cu121'}, 'torch>=2.6.0,<3.0.0', 'torch 2.5.1+cu121'),
     ({'mmengine': '0.7.4'}, 'mmengine>=0.8.0,<1.0.0', 'mmengine 0.7.4'),
 ]
@@ -85,9 +88,17 @@ def test_framework_of_another_era_is_refused(install, wrong, wanted, found):
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize('module', FRAMEWORKS)
+def test_first_version_is_one_that_a_stack_installs(module):
+    """Else nobody would have run it."""
+    names, first, _ = FRAMEWORKS[module]
+    pins = [line.partition('#')[0].split() for path in REQUIREMENTS.glob('*.txt') for line in path.open()]
+    assert any([f'{name}=={first}'] in pins for name in names)
+
+
 def test_mmcv_full_is_mmcv(install):
     install({'mmengine': '0.10.7', 'mmcv-full': '1.7.2'})
-    with pytest.raises(ImportError, match=r'mmcv>=2\.0\.0,<3\.0\.0 but finds mmcv 1\.7\.2'):
+    with pytest.raises(ImportError, match=r'mmcv>=2\.1\.0,<3\.0\.0 but finds mmcv 1\.7\.2'):
         check_frameworks()
 
 
@@ -125,11 +136,11 @@ for name, version in {0!r}.items():
 @pytest.mark.parametrize(
     ('fake', 'versions', 'message'),
     [
-        (FAKE_METADATA, {'mmengine': '0.10.7', 'mmcv-full': '1.7.2'}, 'needs mmcv>=2.0.0,<3.0.0 but finds mmcv 1.7.2'),
-        (FAKE_METADATA, {**GOOD, 'mmdet': '2.28.2'}, 'needs mmdet>=3.0.0,<4.0.0 but finds mmdet 2.28.2'),
+        (FAKE_METADATA, {'mmengine': '0.10.7', 'mmcv-full': '1.7.2'}, 'needs mmcv>=2.1.0,<3.0.0 but finds mmcv 1.7.2'),
+        (FAKE_METADATA, {**GOOD, 'mmdet': '2.28.2'}, 'needs mmdet>=3.3.0,<4.0.0 but finds mmdet 2.28.2'),
         (FAKE_METADATA, {}, 'needs mmengine>=0.8.0,<1.0.0: pip install mmengine'),
-        (FAKE_MODULES, {'mmcv': '1.7.0'}, 'needs mmcv>=2.0.0,<3.0.0 but finds mmcv 1.7.0'),
-        (FAKE_MODULES, {'mmdet': '2.28.0'}, 'needs mmdet>=3.0.0,<4.0.0 but finds mmdet 2.28.0'),
+        (FAKE_MODULES, {'mmcv': '1.7.0'}, 'needs mmcv>=2.1.0,<3.0.0 but finds mmcv 1.7.0'),
+        (FAKE_MODULES, {'mmdet': '2.28.0'}, 'needs mmdet>=3.3.0,<4.0.0 but finds mmdet 2.28.0'),
     ],
 )
 def test_import_ends_with_one_line(fake, versions, message):

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from repvit_mm.specs import Top1
 
 DISTRIBUTIONS = (
-    'torch', 'mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'timm', 'onnx', 'onnxruntime', 'openvino', 'numpy',
+    'mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'timm', 'onnx', 'onnxruntime', 'openvino', 'numpy',
 )  # fmt: skip
-"""Whose versions the JSON file holds, as far as they are installed."""
+"""Whose versions the JSON file holds beside torch's, as far as they are installed."""
 
 MATRIX_SIZE = {'cpu': 2048, 'cuda': 8192}
 """Side of the matrices that are multiplied for the roofline: large enough that the arithmetic is all that counts."""
@@ -205,7 +205,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         processor = next(line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
     except (OSError, StopIteration):
         processor = platform.processor() or platform.machine()
-    versions = {'python': platform.python_version()}
+    # Of torch its own word, which names its CUDA too.
+    versions = {'python': platform.python_version(), 'torch': torch.__version__}
     for name in DISTRIBUTIONS:
         try:
             versions[name] = metadata.version(name)
