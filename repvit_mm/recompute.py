@@ -71,11 +71,8 @@ _RECIPES: MutableMapping[Tensor, _Left] = WeakTensorKeyDictionary()
 
 
 def recipe_of(x: Tensor) -> Recipe | None:
-    """The recipe that was left with a map, unless the map has been changed since."""
-    if torch.compiler.is_compiling():
-        # None is left then, and torch 2.6 cannot compile the look-up.
-        return None
-    left = _RECIPES.get(x)
+    """The recipe that was left with a map, unless the map has been changed since; none where nothing runs eagerly."""
+    left = _RECIPES.get(x) if runs_eagerly() else None
     return left.recipe if left is not None and left.version == version(x) else None
 
 

@@ -125,6 +125,7 @@ FAMILIES = [
             f'https://docs-assets.developer.apple.com/ml-research/datasets/mobileone/mobileone_{arch}_unfused.pth.tar'
         ),
         coco_rate=2e-4,
+        residual=False,
     ),
 ]
 
