@@ -17,12 +17,9 @@ from _launch import (
     trust,
 )
 from mmengine.config import Config, ConfigDict
-from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.runner import CheckpointLoader
-from torch import nn
 
-from repvit_mm.backbone import ReparamBackbone
-from repvit_mm.checkpoint import CheckpointError, tensors_of
+from repvit_mm.checkpoint import CheckpointError
+from repvit_mm.deploy.load import check_heads
 from repvit_mm.hooks import FusionError
 
 METRICS = {
@@ -165,27 +162,6 @@ def main() -> None:
         runner.test()
     except (CheckpointError, FusionError) as error:
         sys.exit(str(error))
-
-
-def check_heads(model: nn.Module, checkpoint: str) -> None:
-    """Exit with one line unless a checkpoint has every tensor of the model's other parts than its backbone.
-
-    MMEngine would warn and test the parts without weights at random; a backbone of ours sees to itself.
-    """
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    own = tuple(f'{name}.' for name, module in model.named_modules() if isinstance(module, ReparamBackbone))
-    given = tensors_of(CheckpointLoader.load_checkpoint(checkpoint, 'cpu', logger=None))
-    shapes = {name.removeprefix('module.'): tensor.shape for name, tensor in given.items()}
-    wanted = {n: t.shape for n, t in model.state_dict().items() if not n.startswith(own) and 'num_batches' not in n}
-    misfits = [name for name, shape in wanted.items() if shapes.get(name) != shape]
-    if misfits:
-        name = misfits[0]
-        found = f'{tuple(shapes[name])}' if name in shapes else 'nothing'
-        sys.exit(
-            f'checkpoint {checkpoint} is not of this config: {len(misfits)} of {len(wanted)} tensors outside the '
-            f'backbone do not fit, {name} {tuple(wanted[name])} first, for which it has {found}'
-        )
 
 
 if __name__ == '__main__':

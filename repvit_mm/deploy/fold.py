@@ -13,9 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..backbone import ReparamBackbone
 from ..reparam import conv_kernel, fold_norm
 
-AFTER_ITS_CONV = ('conv', 'norm')
-"""How the order of a mmcv ``ConvModule`` begins or ends if its norm comes directly behind its convolution."""
-
 
 @dataclass
 class FoldReport:
@@ -69,8 +66,9 @@ def fold_conv_norms(model: nn.Module) -> FoldReport:
     Raises:
         ValueError: if a norm is in training mode, so that its statistics are not frozen. Nothing is folded then.
     """
-    backbones = {id(m) for backbone in model.modules() if isinstance(backbone, ReparamBackbone) for m in backbone.modules()}
-    modules = {name: module for name, module in model.named_modules() if id(module) not in backbones}
+    backbones = [module for module in model.modules() if isinstance(module, ReparamBackbone)]
+    theirs = {module for backbone in backbones for module in backbone.modules()}
+    modules = {name: module for name, module in model.named_modules() if module not in theirs}
     norms = {name: module for name, module in modules.items() if _is_norm(module)}
     for name, norm in norms.items():
         if isinstance(norm, _BatchNorm) and norm.training:

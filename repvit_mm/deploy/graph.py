@@ -88,14 +88,13 @@ class Preprocess(nn.Module):
             options |= {key: options[key][::-1] for key in ('mean', 'std') if key in options}
         return cls(**options, bgr=not rgb)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """``(N, 3, H, W)`` to ``(N, 3, H', W')``."""
+    def forward(self, images: Tensor, sides: tuple[Size, Size]) -> Tensor:
+        """``(N, 3, H, W)`` with the sides H and W to ``(N, 3, H', W')``."""
         images = (images - self.mean) / self.std
         if self.bgr:
             images = images[:, [2, 1, 0]]
         if self.divisor > 1 or any(self.least):
-            height, width = images.shape[-2:]
-            down, right = (self._missing(side, least) for side, least in zip((height, width), self.least, strict=True))
+            down, right = (self._missing(side, least) for side, least in zip(sides, self.least, strict=True))
             images = F.pad(images, (0, right, 0, down), value=self.value)
         return images
 
@@ -118,15 +117,25 @@ class Graph(nn.Module):
 
     task: ClassVar[Task]
     outputs: tuple[str, ...]
+    size: tuple[int, int] | None = None
+    """Height and width of the images if they are always the same: a file made of the graph then computes no sizes."""
+
+    limit: int | None = None
+    """How many detections of an image there can be."""
 
     def __init__(self, model: nn.Module, preprocess: Preprocess) -> None:
         super().__init__()
         self.model = model
         self.preprocess = preprocess
 
+    def sides(self, maps: Tensor) -> tuple[Size, Size]:
+        """Height and width of images or maps, as numbers if the images always have the same size."""
+        height, width = maps.shape[-2:]
+        return (int(height), int(width)) if self.size else (height, width)
+
     def network_input(self, images: Tensor) -> Tensor:
         """Images as the model wants them, in the dtype of its weights."""
-        return self.preprocess(images).to(next(self.model.parameters()).dtype)
+        return self.preprocess(images, self.sides(images)).to(next(self.model.parameters()).dtype)
 
 
 class BackboneGraph(Graph):
@@ -174,8 +183,9 @@ class SegmentorGraph(Graph):
         x = self.network_input(images)
         logits = self.model.decode_head(self.model.extract_feat(x)).float()
         align = self.model.decode_head.align_corners
-        logits = F.interpolate(logits, size=x.shape[-2:], mode='bilinear', align_corners=align)
-        logits = logits[..., : images.shape[-2], : images.shape[-1]]
+        logits = F.interpolate(logits, size=self.sides(x), mode='bilinear', align_corners=align)
+        height, width = self.sides(images)
+        logits = logits[..., :height, :width]
         if self.outputs == ('logits',):
             return logits
         if logits.shape[1] == 1:
@@ -207,6 +217,7 @@ class DetectorGraph(Graph):
 
         super().__init__(model, preprocess)
         self.suppress = suppress
+        self.limit = model.bbox_head.test_cfg.max_per_img
         _require(model, SingleStageDetector, 'predict', 'extract_feat')
         head = model.bbox_head
         _require(head, BaseDenseHead, 'predict', 'predict_by_feat', '_predict_by_feat_single', '_bbox_post_process')
@@ -219,14 +230,13 @@ class DetectorGraph(Graph):
             raise ExportError(f'only plain non-maximum suppression can be exported, not {dict(nms)}')
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        height, width = images.shape[-2:]
         head, cfg = self.model.bbox_head, self.model.bbox_head.test_cfg
         maps = [[map_.float() for map_ in maps] for maps in head(self.model.extract_feat(self.network_input(images)))]
-        priors = head.prior_generator.grid_priors([map_.shape[-2:] for map_ in maps[0]], device=images.device)
+        priors = head.prior_generator.grid_priors([self.sides(map_) for map_ in maps[0]], device=images.device)
         levels = [self._candidates(*level) for level in zip(priors, *maps, strict=True)]
         boxes, scores, labels = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
         if getattr(head.bbox_coder, 'clip_border', True):
-            boxes = clip_boxes(boxes, height, width)
+            boxes = clip_boxes(boxes, *self.sides(images))
         if (least := cfg.get('min_bbox_size', -1)) >= 0:
             large = (boxes[..., 2:] - boxes[..., :2] > least).all(dim=-1)
             scores = torch.where(large, scores, torch.zeros_like(scores))

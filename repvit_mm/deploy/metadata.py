@@ -41,6 +41,9 @@ class FileInfo:
         scale: Width and height in pixels that the config's test pipeline resizes images to, or ``None``.
         keep_ratio: Whether that keeps an image's aspect ratio, the scale being its bound then.
         scale_divisor: Each side of the resized image is resized up to a multiple of it.
+        canvas: Width and height in pixels that the test pipeline then pads to, at the right and at the bottom, or
+            ``None``. Unlike the padding inside, this belongs to the image.
+        canvas_value: What it pads with, from 0 to 255.
         score_threshold: Detections below it are better not drawn.
         precision: What the weights are stored in: ``'float32'``, ``'float16'``, ``'int8'``, ...
         config: Name of the config.
@@ -62,6 +65,8 @@ class FileInfo:
     scale: tuple[int, int] | None = None
     keep_ratio: bool = False
     scale_divisor: int = 1
+    canvas: tuple[int, int] | None = None
+    canvas_value: float = 0.0
     score_threshold: float = 0.3
     precision: str = 'float32'
     config: str = ''

@@ -1,7 +1,7 @@
 """What detectors do behind their convolutions, in operators that every exporter and runtime has.
 
-Each function computes what the framework's own does, on batches, without a branch that depends on values, and with sizes
-that may be unknown until the file runs. All boxes are ``(x1, y1, x2, y2)`` in pixels.
+Each function computes what the framework's own does, on batches, without a branch that depends on values, and with
+sizes that may be unknown until the file runs. All boxes are ``(x1, y1, x2, y2)`` in pixels.
 
 A candidate is a box with a score and a label; a score of 0 says that there is none. That is how a fixed number of
 candidates holds any smaller number.
@@ -83,11 +83,9 @@ def at_most(x: Tensor, limit: Size) -> Tensor:
 def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The largest ``k`` elements of the last dimension in falling order, or all if there are fewer; values, indices."""
     count = x.shape[-1]
-    if isinstance(count, Tensor):  # while a network is traced
-        k = torch.minimum(count, count.new_tensor(k))
-    else:
-        k = torch.sym_min(k, count)
-    return x.topk(k, dim=-1)
+    # The number is a tensor while a network is traced.
+    traced = isinstance(count, Tensor)
+    return x.topk(torch.minimum(count, count.new_tensor(k)) if traced else torch.sym_min(k, count), dim=-1)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
