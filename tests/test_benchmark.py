@@ -17,7 +17,6 @@ from torch import nn
 
 from repvit_mm import RepViT, switch_to_deploy
 from repvit_mm.deploy.timing import interleave
-from repvit_mm.deploy.timing import interleave
 from repvit_mm.reparam import reparam_blocks
 
 ROOT = Path(__file__).parents[1]
