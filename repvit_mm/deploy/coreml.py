@@ -38,12 +38,12 @@ def write_package(graph: Graph, images: Tensor, info: FileInfo, path: Path, half
     graph.preprocess.mean = torch.zeros_like(normalization[0])
     graph.preprocess.std = normalization[1] * scale
     try:
-        traced = torch.jit.trace(graph, (images - normalization[0]) * scale, check_trace=False)
+        program = _program(graph, (images - normalization[0]) * scale, several_sizes=len(info.sizes) > 1)
     finally:
         graph.preprocess.mean, graph.preprocess.std = normalization
     shapes = [(1, 3, *size) for size in info.sizes]
-    model = coremltools.convert(
-        traced,
+    model = _convert(
+        program,
         inputs=[
             coremltools.ImageType(
                 name='images',
@@ -56,7 +56,7 @@ def write_package(graph: Graph, images: Tensor, info: FileInfo, path: Path, half
         outputs=[coremltools.TensorType(name=name) for name in graph.outputs],
         convert_to='mlprogram',
         minimum_deployment_target=coremltools.target.iOS16,
-        compute_precision=coremltools.precision.FLOAT16 if half else coremltools.precision.FLOAT32,
+        compute_precision=_half_maps() if half else coremltools.precision.FLOAT32,
         skip_model_load=True,
     )
     found = Counter(operation.type for operation in operations(model.get_spec()))
@@ -66,6 +66,43 @@ def write_package(graph: Graph, images: Tensor, info: FileInfo, path: Path, half
         raise ExportError(f'the Core ML program still has {found["batch_norm"]} BatchNorms')
     model.user_defined_metadata[KEY] = info.to_json()
     model.save(str(path))
+
+
+def _program(graph: Graph, images: Tensor, several_sizes: bool) -> Any:
+    """A graph as coremltools takes it: for one size without a computation of sizes in it."""
+    if several_sizes:
+        graph.size = None
+        return torch.jit.trace(graph, images, check_trace=False)
+    # coremltools does not know the operator that does nothing.
+    return torch.export.export(graph, (images,)).run_decompositions({torch.ops.aten.alias.default: lambda x: x})
+
+
+def _half_maps() -> Any:
+    """Half precision for maps, which have four dimensions; it would round the coordinates of boxes to whole pixels."""
+    import coremltools
+
+    return coremltools.transform.FP16ComputePrecision(
+        op_selector=lambda operation: all(output.rank == 4 for output in operation.outputs)
+    )
+
+
+def _convert(*args: Any, **options: Any) -> Any:
+    """``coremltools.convert``, with whole numbers divided as such: it makes floats of them, which may be rounded."""
+    import coremltools
+    from coremltools.converters.mil import Builder
+    from coremltools.converters.mil.frontend.torch import ops
+    from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY as registry
+
+    def floor_divide(context: Any, node: Any) -> None:
+        first, second = ops._get_inputs(context, node, expected=2)
+        context.add(Builder.floor_div(x=first, y=second, name=node.name))
+
+    theirs = registry.get_func('floor_divide')
+    registry.set_func_by_name(floor_divide, 'floor_divide')
+    try:
+        return coremltools.convert(*args, **options)
+    finally:
+        registry.set_func_by_name(theirs, 'floor_divide')
 
 
 def count_convolutions(graph: nn.Module, images: Tensor) -> int:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -50,6 +51,9 @@ class Options:
     logits: bool = False
     opset: int = OPSET
 
+
+Run = Callable[[np.ndarray], dict[str, np.ndarray]]
+"""Images ``(N, 3, H, W)`` to outputs by name."""
 
 Write = Callable[[Graph, Tensor, FileInfo, Path, Options], None]
 """Writes a graph to a file; the tensor is a batch of images to trace it with."""
@@ -200,7 +204,6 @@ EXPORTERS: dict[str, Exporter] = {
         '.mlpackage',
         write_coreml,
         ('coremltools',),
-        lambda: torch.jit.script(suppress_by_loop),
         dynamic=False,
         several_sizes=True,
         half='file',
@@ -295,9 +298,14 @@ def export(
             raise ExportError(f'{target} cannot export this model: {" ".join(str(error).split())[:300]}') from error
         report = Report(path, sum(file.stat().st_size for file in Path(scratch).rglob('*') if file.is_file()))
         if exporter.runs:
-            verify(model, part, graph, info, options, images, rounds, report)
+            run = open_exported(part, info)
+            report.differences = check_outputs(model, graph, run, info, options, images)
+            if rounds:
+                report.times = compare_times(model, run, info, options, images, rounds)
         else:
-            report.notes.append(f'{target} files do not run on this system: what they compute was not compared')
+            run = partial(graph_outputs, graph)
+            report.differences = check_outputs(model, graph, run, info, options, images)
+            report.notes.append(f'{target} files do not run on this system: compared was what went into the converter')
         # What belongs to the file comes first: it is never there without.
         for file in sorted(Path(scratch).iterdir(), key=lambda file: file == part):
             goal = path.parent / file.name
@@ -307,50 +315,72 @@ def export(
     return report
 
 
-def verify(
-    model: nn.Module,
-    path: Path,
-    graph: Graph,
-    info: FileInfo,
-    options: Options,
-    images: Sequence[np.ndarray],
-    rounds: int,
-    report: Report,
-) -> None:
-    """Run a file in its own runtime beside the model; the report gets what was seen.
+def open_exported(path: Path, info: FileInfo) -> Run:
+    """What runs a file that was just written, in its own runtime.
 
     Raises:
-        ExportError: if it cannot be run, says something else of itself, or disagrees with the model.
+        ExportError: if it cannot be opened, or says something else of itself.
     """
     try:
         runtime = open_file(path, torch.get_num_threads())
-        if runtime.info != info:
-            raise ExportError(f'{report.path.name} does not keep what it says of itself')
-        tolerance = TOLERANCES[info.precision]
-        for what, batches in trials(options, images).items():
+    except RuntimeFileError as error:
+        raise ExportError(str(error)) from error
+    if runtime.info != info:
+        raise ExportError(f'{path.name} does not keep what it says of itself')
+    return runtime.run
+
+
+@torch.inference_mode()
+def graph_outputs(graph: Graph, images: np.ndarray) -> dict[str, np.ndarray]:
+    """What a graph itself computes, in the form of a file's outputs."""
+    outputs = graph(torch.from_numpy(images))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return {name: output.numpy() for name, output in zip(graph.outputs, outputs, strict=True)}
+
+
+def check_outputs(
+    model: nn.Module, graph: Graph, run: Run, info: FileInfo, options: Options, images: Sequence[np.ndarray]
+) -> dict[str, Difference]:
+    """Compare what a file gives with what the model predicts by its own framework.
+
+    Returns:
+        What was fed -> the largest difference that was seen.
+
+    Raises:
+        ExportError: if they disagree.
+    """
+    found = {}
+    for what, batches in trials(options, images).items():
+        try:
             differences = [
                 compare(
                     info.task,
                     framework_outputs(model, info.task, batch, options.logits),
-                    runtime.run(batch),
-                    tolerance,
+                    run(batch),
+                    TOLERANCES[info.precision],
                     graph.limit,
                 )
                 for batch in batches
             ]
-            worst = max(differences, key=lambda difference: (np.isnan(difference.excess), difference.excess))
-            report.differences[what] = worst
-            if not worst.tolerated:
-                raise ExportError(f'the file does not compute what PyTorch does ({what}): {worst.text}')
-        if rounds:
-            batch = next(iter(trials(options, images[:1]).values()))[0][:1]
-            candidates = {
-                'pytorch': lambda: framework_outputs(model, info.task, batch, options.logits),
-                'file': lambda: runtime.run(batch),
-            }
-            report.times = interleave(candidates, rounds, torch.device('cpu'), 'timing')
-    except RuntimeFileError as error:
-        raise ExportError(str(error)) from error
+        except RuntimeFileError as error:
+            raise ExportError(str(error)) from error
+        # Not a number is the worst.
+        found[what] = max(differences, key=lambda difference: (not difference.tolerated, difference.excess))
+        if not found[what].tolerated:
+            raise ExportError(f'the file does not compute what PyTorch does, {what}: {found[what].text}')
+    return found
+
+
+def compare_times(
+    model: nn.Module, run: Run, info: FileInfo, options: Options, images: Sequence[np.ndarray], rounds: int
+) -> dict[str, Spread]:
+    """Seconds that the model and a file take for one image, in turns."""
+    batch = next(iter(trials(options, images[:1]).values()))[0]
+    candidates = {
+        'pytorch': lambda: framework_outputs(model, info.task, batch, options.logits),
+        'file': lambda: run(batch),
+    }
+    return interleave(candidates, rounds, torch.device('cpu'), 'timing')
 
 
 def trials(options: Options, images: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:

@@ -2,13 +2,16 @@
 
 import copy
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from mmengine.logging import print_log
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..backbone import ReparamBackbone
 from ..reparam import conv_kernel, fold_norm
@@ -21,15 +24,18 @@ class FoldReport:
     Args:
         folded: Names of the norms that are gone.
         left: Name of each norm that stays -> why.
+        difference: The largest output difference of a folded convolution on a random input, relative to its largest
+            output; not a number if a norm is broken.
     """
 
     folded: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    difference: float = 0.0
 
     def __str__(self) -> str:
         text = f'{len(self.folded)} norms outside the backbone folded into their convolutions'
         if self.folded:
-            text += f' ({_abridged(self.folded)})'
+            text += f' ({_abridged(self.folded)}), with a difference of {self.difference:.1e} on a random input'
         reasons: dict[str, list[str]] = {}
         for name, reason in self.left.items():
             reasons.setdefault(reason, []).append(name)
@@ -80,12 +86,15 @@ def fold_conv_norms(model: nn.Module) -> FoldReport:
         prefix = f'{name}.' if name else ''
         report.left |= {prefix + norm: reason for norm, reason in reasons.items()}
         for pair in pairs:
-            reason = _obstacle(parent.get_submodule(pair.conv), parent.get_submodule(pair.norm))
-            if reason:
+            conv, norm = parent.get_submodule(pair.conv), parent.get_submodule(pair.norm)
+            if reason := _obstacle(conv, norm):
                 report.left[prefix + pair.norm] = reason
-            else:
-                folds.append((pair, _folded(parent.get_submodule(pair.conv), parent.get_submodule(pair.norm))))
-                report.folded.append(prefix + pair.norm)
+                continue
+            folded = _folded(conv, norm)
+            folds.append((pair, folded))
+            report.folded.append(prefix + pair.norm)
+            # Unlike Python's, NumPy's maximum does not lose a NaN.
+            report.difference = float(np.maximum(report.difference, _difference(conv, norm, folded)))
     # Every kernel is computed before the first is replaced: a norm or a convolution may serve in several places.
     for pair, conv in folds:
         _replace(pair, conv)
@@ -156,18 +165,11 @@ def _obstacle(conv: nn.Module, norm: nn.Module) -> str | None:
         return f'{type(norm).__name__} depends on the image'
     if norm.running_mean is None:
         return 'it keeps no running statistics'
-    # A subclass of a convolution may do more than that.
-    if not isinstance(conv, nn.Conv2d) or type(conv).forward not in _plain_forwards():
+    # A subclass of a convolution may do more than that; mmcv's only looks after empty images.
+    plain = (nn.Conv2d, *_classes('mmcv.cnn.bricks.wrappers', 'Conv2d'))
+    if type(conv) not in plain:
         return f'{type(conv).__name__} is no plain convolution'
     return None
-
-
-def _plain_forwards() -> Iterator[object]:
-    """The forward passes that are a plain convolution: torch's, and that of mmcv's wrapper for empty inputs."""
-    from mmcv.cnn.bricks.wrappers import Conv2d
-
-    yield nn.Conv2d.forward
-    yield Conv2d.forward
 
 
 def _folded(conv: nn.Conv2d, norm: _BatchNorm) -> nn.Conv2d:
@@ -179,6 +181,15 @@ def _folded(conv: nn.Conv2d, norm: _BatchNorm) -> nn.Conv2d:
     folded.weight = nn.Parameter(weight.to(conv.weight), requires_grad=conv.weight.requires_grad)
     folded.bias = nn.Parameter(bias.to(conv.weight), requires_grad=conv.weight.requires_grad)
     return folded
+
+
+def _difference(conv: nn.Conv2d, norm: _BatchNorm, folded: nn.Conv2d) -> float:
+    """The largest output difference on a random input, relative to the largest output."""
+    side = max((size - 1) * dilation + 1 for size, dilation in zip(conv.kernel_size, conv.dilation, strict=True))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, conv.in_channels, side + 2, side + 2, generator=generator).to(conv.weight)
+    before = norm(conv(x)).float()
+    return ((folded(x).float() - before).abs().max() / before.abs().max().clamp_min(1e-12)).item()
 
 
 def _replace(pair: _Pair, conv: nn.Conv2d) -> None:
@@ -194,14 +205,17 @@ def _replace(pair: _Pair, conv: nn.Conv2d) -> None:
 
 
 def _is_conv_module(module: nn.Module) -> bool:
-    from mmcv.cnn import ConvModule
+    """Whether a module runs as mmcv's ``ConvModule`` does; a subclass may only be built in another way."""
+    return any(type(module).forward is cls.forward for cls in _classes('mmcv.cnn.bricks.conv_module', 'ConvModule'))
 
-    return isinstance(module, ConvModule) and type(module).forward is ConvModule.forward
+
+def _classes(module: str, name: str) -> Iterator[type]:
+    """A class of a library that need not be there: a model holds none of its objects unless it is imported."""
+    if module in sys.modules:
+        yield getattr(sys.modules[module], name)
 
 
 def _is_norm(module: nn.Module) -> bool:
-    from mmengine.utils.dl_utils.parrots_wrapper import _InstanceNorm
-
     return isinstance(module, _BatchNorm | _InstanceNorm | nn.GroupNorm | nn.LayerNorm)
 
 

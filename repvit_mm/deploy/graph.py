@@ -20,6 +20,7 @@ from .operators import (
     decode_deltas,
     decode_distances,
     non_maximum_suppression,
+    smaller,
     suppress_by_loop,
     take,
 )
@@ -128,10 +129,14 @@ class Graph(nn.Module):
         self.model = model
         self.preprocess = preprocess
 
+    def fixed(self, size: Size) -> Size:
+        """A size that was computed from the images': a number if these always have the same size."""
+        return int(size) if self.size else size
+
     def sides(self, maps: Tensor) -> tuple[Size, Size]:
-        """Height and width of images or maps, as numbers if the images always have the same size."""
+        """Height and width of images or maps."""
         height, width = maps.shape[-2:]
-        return (int(height), int(width)) if self.size else (height, width)
+        return self.fixed(height), self.fixed(width)
 
     def network_input(self, images: Tensor) -> Tensor:
         """Images as the model wants them, in the dtype of its weights."""
@@ -178,6 +183,7 @@ class SegmentorGraph(Graph):
                 '--cfg-options model.test_cfg.mode=whole takes the image as a whole'
             )
         self.outputs = ('logits',) if logits else ('labels',)
+        enlarge_by_factors(model.decode_head)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.network_input(images)
@@ -191,6 +197,22 @@ class SegmentorGraph(Graph):
         if logits.shape[1] == 1:
             return (logits.sigmoid() > self.model.decode_head.threshold)[:, 0].long()
         return logits.argmax(dim=1)
+
+
+def enlarge_by_factors(module: nn.Module) -> None:
+    """Put torch's own upsampling into the place of MMSegmentation's, in place.
+
+    MMSegmentation computes the size as a number, which would be the same for images of every size.
+    """
+    from mmseg.models.utils import Upsample
+
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, Upsample) and child.scale_factor is not None:
+                align = child.align_corners
+                setattr(
+                    parent, name, nn.Upsample(scale_factor=child.scale_factor, mode=child.mode, align_corners=align)
+                )
 
 
 class DetectorGraph(Graph):
@@ -260,7 +282,11 @@ class DetectorGraph(Graph):
         head, cfg = self.model.bbox_head, self.model.bbox_head.test_cfg
         scores = _rows(classes, head.cls_out_channels)
         scores = scores.sigmoid() if head.use_sigmoid_cls else scores.softmax(dim=-1)[..., :-1]
-        scores, labels, index = best_candidates(scores, cfg.get('score_thr', 0), max(cfg.get('nms_pre', 0), 0))
+        count = self.fixed(scores.shape[1] * scores.shape[2])
+        limit = cfg.get('nms_pre', -1)
+        scores, labels, index = best_candidates(
+            scores, cfg.get('score_thr', 0), smaller(limit, count) if limit > 0 else count
+        )
         if factors is not None:
             scores = scores * _rows(factors, 1)[..., 0].sigmoid().gather(1, index)
         boxes = take(_rows(boxes, 4), index)

@@ -80,12 +80,11 @@ def at_most(x: Tensor, limit: Size) -> Tensor:
     return torch.minimum(x, limit.to(x)) if isinstance(limit, Tensor) else x.clamp(max=limit)
 
 
-def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The largest ``k`` elements of the last dimension in falling order, or all if there are fewer; values, indices."""
-    count = x.shape[-1]
-    # The number is a tensor while a network is traced.
-    traced = isinstance(count, Tensor)
-    return x.topk(torch.minimum(count, count.new_tensor(k)) if traced else torch.sym_min(k, count), dim=-1)
+def smaller(k: int, count: Size) -> Size:
+    """The smaller one of a number and a size: runtimes fail where more elements are wanted than there are."""
+    if isinstance(count, Tensor):
+        return torch.minimum(count, count.new_tensor(k))
+    return torch.sym_min(k, count)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -93,24 +92,20 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def best_candidates(scores: Tensor, threshold: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def best_candidates(scores: Tensor, threshold: float, k: Size) -> tuple[Tensor, Tensor, Tensor]:
     """The best pairs of a box and a class of one feature level (MMDetection's ``filter_scores_and_topk``).
 
     Args:
         scores: ``(N, P, C)`` of P boxes and C classes.
         threshold: Scores must be larger.
-        k: How many to take at most; 0 takes all.
+        k: How many to take, at most P * C.
 
     Returns:
-        Scores, labels and indices of boxes, each ``(N, min(k, P * C))`` in falling order.
+        Scores, labels and indices of boxes, each ``(N, k)`` in falling order of the scores.
     """
     classes = scores.shape[-1]
     flat = scores.flatten(1)
-    flat = torch.where(flat > threshold, flat, torch.zeros_like(flat))
-    if k:
-        flat, index = top_k(flat, k)
-    else:
-        flat, index = flat.sort(dim=-1, descending=True)
+    flat, index = torch.where(flat > threshold, flat, torch.zeros_like(flat)).topk(k, dim=-1)
     box = index // classes
     return flat, index - box * classes, box
 
@@ -223,7 +218,7 @@ def suppress_by_onnx(boxes: Tensor, scores: Tensor, iou_threshold: float, limit:
     flat = scores.flatten()
     place = selected[:, 0] * scores.shape[1] + selected[:, 2]
     kept = torch.zeros_like(flat).scatter(0, place, flat[place])
-    return top_k(kept.reshape(scores.shape), limit)
+    return kept.reshape(scores.shape).topk(smaller(limit, scores.shape[1]), dim=1)
 
 
 class _NonMaxSuppression(torch.autograd.Function):
