@@ -363,7 +363,7 @@ def check_outputs(
                 for batch in batches
             ]
         except RuntimeFileError as error:
-            raise ExportError(str(error)) from error
+            raise ExportError(f'the file does not run, {what}: {error}') from error
         # Not a number is the worst.
         found[what] = max(differences, key=lambda difference: (not difference.tolerated, difference.excess))
         if not found[what].tolerated:
@@ -386,8 +386,8 @@ def compare_times(
 def trials(options: Options, images: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
     """Batches to compare a file on, by what they are; real images come first if there are any.
 
-    A file of a fixed size gets the real images resized. One of any size gets them as they are, and random ones in a
-    batch of two and in a size that is no multiple of anything.
+    A file of a fixed size gets the real images resized. One of any size gets them as they are, and random ones also in
+    a batch of two of another size.
     """
     found = {}
     if images:
@@ -397,7 +397,8 @@ def trials(options: Options, images: Sequence[np.ndarray]) -> dict[str, list[np.
     batches = [random_images(1, options.sizes[0])]
     if options.dynamic:
         height, width = options.sizes[0]
-        batches.append(random_images(2, (max(height // 64, 1) * 32, max(width // 96, 1) * 32)))
+        # A multiple of what any network halves its images to; not so small that a map has a single row.
+        batches.append(random_images(2, (max(height // 64, 2) * 32, max(width // 96, 2) * 32)))
     return found | {'random images': batches}
 
 
