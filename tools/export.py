@@ -11,7 +11,7 @@ from mmengine.config import DictAction
 from repvit_mm.checkpoint import CheckpointError
 from repvit_mm.deploy.export import EXPORTERS, OPSET, Options, build_graph, check_options, export
 from repvit_mm.deploy.graph import ExportError
-from repvit_mm.deploy.load import describe, fuse_model, input_size, load_model, test_images
+from repvit_mm.deploy.load import describe, input_size, load_model, test_images
 
 REAL_IMAGES = 4
 """How many images of the test data set a file is compared on."""
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_options(args.to, path, options)
         if path.exists() and not args.force:
             sys.exit(f'{path} is there already: --force replaces it, --out names another file')
-        model = fuse_model(load_model(cfg, args.checkpoint))
+        model = load_model(cfg, args.checkpoint, deploy=True)
         graph = build_graph(model, args.to, options)
         info = describe(cfg, args.checkpoint, graph)
         images = test_images(cfg, REAL_IMAGES)

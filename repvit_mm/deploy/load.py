@@ -18,6 +18,7 @@ from torch import nn
 
 from ..backbone import ReparamBackbone
 from ..checkpoint import CheckpointError, cached, tensors_of
+from ..loading import FAMILIES
 from ..reparam import reparam_blocks, switch_to_deploy
 from .fold import fold_conv_norms
 from .graph import ExportError, Graph
@@ -27,25 +28,31 @@ DISTRIBUTIONS = ('repvit_mm', 'torch', 'mmengine', 'mmcv', 'mmdet', 'mmsegmentat
 """Whose versions a file tells, beside those of its exporter."""
 
 
-def load_model(cfg: Config, checkpoint: str | Path) -> nn.Module:
-    """A config's model with a checkpoint's weights, in ``eval`` mode, as it is trained: not fused.
+def load_model(cfg: Config, checkpoint: str | Path, deploy: bool = False) -> nn.Module:
+    """A config's model with a checkpoint's weights, in ``eval`` mode.
 
     Args:
         cfg: The config.
-        checkpoint: Path or address of the checkpoint; whether its backbone is fused does not matter.
+        checkpoint: Path or address of the checkpoint.
+        deploy: Whether to fuse the whole model; the checkpoint's backbone may be fused already then. If not, the model
+            is as the config says.
 
     Raises:
         ExportError: if the config's model cannot be built.
         CheckpointError: if the checkpoint cannot be read, or does not fit the model, its heads included.
     """
-    model = build_model(cfg)
+    model = build_model(cfg, deploy)
     check_heads(model, checkpoint)
     load_checkpoint(model, str(checkpoint), map_location='cpu', logger='silent')
-    return model.eval()
+    return fuse_model(model) if deploy else model
 
 
-def build_model(cfg: Config) -> nn.Module:
+def build_model(cfg: Config, deploy: bool = False) -> nn.Module:
     """A config's model with random weights, in ``eval`` mode.
+
+    Args:
+        cfg: The config.
+        deploy: Whether to build its backbone fused, if it is one of this package's.
 
     Raises:
         ExportError: if it cannot be built.
@@ -54,6 +61,8 @@ def build_model(cfg: Config) -> nn.Module:
     model = cfg.model.copy()
     if isinstance(model.get('backbone'), dict):
         model.backbone.init_cfg = None  # what it would download is overwritten
+        if deploy and model.backbone.get('type') in [family.__name__ for family in FAMILIES]:
+            model.backbone.deploy = True
     try:
         # Statistics of several processes are one process's statistics in a test.
         return revert_sync_batchnorm(MODELS.build(model)).eval()
