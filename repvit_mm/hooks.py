@@ -5,14 +5,13 @@ import logging
 import torch
 from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
 from .backbone import ReparamBackbone
-from .checkpoint import CheckpointError, source_of, tensors_of
-from .loading import misfit_outside_backbones
+from .deploy.fold import fold_conv_norms
+from .loading import check_outside_backbones
 from .reparam import plain_formulation, reparam_blocks, switch_to_deploy
 
 
@@ -24,15 +23,17 @@ class FusionError(RuntimeError):
 class FuseOnDeployHook(Hook):
     """Fuses the model before a stand-alone test run and proves that its outputs stay the same.
 
+    The backbone's blocks are fused, and the norms of necks and heads are folded into the convolutions before them.
+
     A run that trains is left alone, its validation and a test after training too: fusing replaces parameters that the
     optimizer and the checkpoints know. An :class:`~mmengine.hooks.EMAHook` exchanges parameters with its averaged copy
     one by one in their order, so that copy is fused as well. Put it in a config as
     ``custom_hooks = [dict(type='FuseOnDeployHook')]``.
 
     Args:
-        tolerance: Largest difference that is accepted between the feature maps of the unfused network, run branch by
-            branch, and those of the fused one, relative to the largest absolute value in a map. Networks in half
-            precision get 500 times as much.
+        tolerance: Largest difference that is accepted between the feature maps of the unfused backbone, run branch by
+            branch, and those of the fused one, relative to the largest absolute value in a map, and likewise for each
+            convolution of the rest. Networks in half precision get 500 times as much.
 
     Raises:
         FusionError: before the test if the difference is larger, or if the model has nothing to fuse.
@@ -57,16 +58,18 @@ class FuseOnDeployHook(Hook):
         for hook in runner.hooks:
             if isinstance(hook, EMAHook):
                 switch_to_deploy(hook.ema_model)
+                fold_conv_norms(hook.ema_model.eval())
 
     def _fuse(self, model: nn.Module) -> None:
         count = len(reparam_blocks(model))
         backbones = [module for module in model.modules() if isinstance(module, ReparamBackbone)]
         if not backbones:
             raise FusionError('FuseOnDeployHook: the model has no backbone of repvit_mm, there is nothing to fuse')
-        if not count:
-            print_log('FuseOnDeployHook: the model is fused already', 'current', logging.INFO)
-            return
         model.eval()
+        if not count:
+            print_log('FuseOnDeployHook: the backbone is fused already', 'current', logging.INFO)
+            self._check(fold_conv_norms(model).difference, model)
+            return
         images = [self._random_image(backbone) for backbone in backbones]
         # TensorFloat-32 would drown what is to be measured.
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -85,7 +88,12 @@ class FuseOnDeployHook(Hook):
             'current',
             logging.INFO,
         )
-        half = any(image.dtype in (torch.float16, torch.bfloat16) for image in images)
+        self._check(relative, model)
+        self._check(fold_conv_norms(model).difference, model)
+
+    def _check(self, relative: float, model: nn.Module) -> None:
+        """Raise a :class:`FusionError` unless a relative difference is tolerated."""
+        half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
         tolerance = self.tolerance * (500 if half else 1)
         if not relative <= tolerance:  # not a number is refused too
             raise FusionError(
@@ -114,11 +122,4 @@ class WholeCheckpointHook(Hook):
         Raises:
             CheckpointError: if a tensor outside the backbone does not fit.
         """
-        model = runner.model
-        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-            model = model.module
-        if reason := misfit_outside_backbones(model, checkpoint):
-            tensors = tensors_of(checkpoint)
-            # An empty file has nothing to be known by.
-            file = source_of(tensors.values()).file if tensors else runner.cfg.get('load_from')
-            raise CheckpointError(f'checkpoint {file} is not of this config: outside the backbone {reason}')
+        check_outside_backbones(runner.model, checkpoint, runner.cfg.get('load_from'))

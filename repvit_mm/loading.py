@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from mmengine.logging import print_log
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, Source, source_of, tensors_of
@@ -43,20 +44,29 @@ def misfit(given: Shapes, wanted: Shapes) -> str | None:
     return f'tensors {found}' if found else None
 
 
-def misfit_outside_backbones(model: nn.Module, checkpoint: Any) -> str | None:
-    """How a checkpoint differs from the other parts of a model than its backbones; ``None`` if it has all of them.
+def check_outside_backbones(model: nn.Module, checkpoint: Any, file: str | None = None) -> None:
+    """Check that a checkpoint has every tensor of a model's other parts than its backbones.
 
     A backbone of this package sees to itself as it loads.
 
     Args:
-        model: A detector, say, without wrappers.
+        model: A detector, say, wrapped or not.
         checkpoint: What the file holds.
+        file: The file's name where its tensors do not tell: an empty one has none.
+
+    Raises:
+        CheckpointError: if one is missing or of another shape.
     """
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    tensors = tensors_of(checkpoint)
     backbones = [name for name, module in model.named_modules() if isinstance(module, tuple(FAMILIES))]
     own = tuple(f'{name}.' for name in backbones)
     wanted = {name: shape for name, shape in shapes_of(model.state_dict()).items() if not name.startswith(own)}
-    given = {name.removeprefix('module.'): shape for name, shape in shapes_of(tensors_of(checkpoint)).items()}
-    return misfit({name: given[name] for name in wanted if name in given}, wanted)
+    given = {name.removeprefix('module.'): shape for name, shape in shapes_of(tensors).items()}
+    if reason := misfit({name: given[name] for name in wanted if name in given}, wanted):
+        file = source_of(tensors.values()).file if tensors else file
+        raise CheckpointError(f'checkpoint {file} is not of this config: outside the backbone {reason}')
 
 
 class Found(NamedTuple):

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from repvit_mm import RepViT, switch_to_deploy
+from repvit_mm.deploy.timing import interleave
 from repvit_mm.loading import FAMILIES
 from repvit_mm.reparam import reparam_blocks
 
@@ -70,13 +71,13 @@ class TestInterleave:
 
         # Two runs that do not count, then three turns of an untimed (9) and a timed run.
         candidates = {'a': candidate('a', [9, 9, 9, 1, 9, 5, 9, 3]), 'b': candidate('b', [9, 9, 9, 2, 9, 2, 9, 2])}
-        measured = _bench.interleave(candidates, 3, CPU, clock=lambda: now[0])
+        measured = interleave(candidates, 3, CPU, clock=lambda: now[0])
         assert measured == {'a': (3, 2, 4), 'b': (2, 2, 2)}
         assert ''.join(ran) == 'bbaa' + 'aabb' + 'bbaa' + 'aabb'
 
     def test_one_round(self):
         ticks = iter(range(100))
-        assert _bench.interleave({'a': lambda: None}, 1, CPU, clock=lambda: next(ticks)) == {'a': (1, 1, 1)}
+        assert interleave({'a': lambda: None}, 1, CPU, clock=lambda: next(ticks)) == {'a': (1, 1, 1)}
 
 
 class TestMemory:

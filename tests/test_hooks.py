@@ -165,7 +165,7 @@ def test_fused_model_is_left_alone(net, make_runner, lines):
     lines.clear()
     make_runner(net, FUSE).test()
     assert list(net.modules()) == modules
-    assert lines == ['FuseOnDeployHook: the model is fused already']
+    assert lines == ['FuseOnDeployHook: the backbone is fused already']
 
 
 def test_stand_alone_validation_is_not_fused(net, make_runner, lines):

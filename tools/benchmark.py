@@ -12,15 +12,12 @@ from typing import Any
 
 import torch
 from _bench import (
-    Run,
-    Spread,
     autocast,
     count_macs,
     count_parameters,
     describe_machine,
     draw_bars,
     draw_variants,
-    interleave,
     make_trained_like,
     matrix_product,
     peak_bytes,
@@ -41,6 +38,7 @@ from torch import Tensor, nn
 from repvit_mm import switch_to_deploy
 from repvit_mm.backbone import ReparamBackbone
 from repvit_mm.checkpoint import CheckpointError
+from repvit_mm.deploy.timing import Run, Spread, interleave
 from repvit_mm.messages import one_line
 from repvit_mm.reparam import reparam_blocks
 from repvit_mm.specs import Top1

@@ -1,0 +1,136 @@
+"""Core ML packages. They are converted on any system and run on Apple's only, so the converted program is looked at."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .graph import ExportError, Graph
+from .metadata import KEY, FileInfo
+
+
+def write_package(graph: Graph, images: Tensor, info: FileInfo, path: Path, half: bool) -> None:
+    """Convert a graph to an ML program with an image as its input, and save it.
+
+    Core ML scales all channels of an image by one number and shifts each by its own. What is left of the normalization,
+    a factor of each channel close to 1, stays inside. Nothing is folded into the first convolution: its padding is
+    with zeros behind the normalization, which no shift before it can give.
+
+    Args:
+        graph: The graph; its normalization is changed for the conversion and put back.
+        images: A batch of one to trace it with.
+        info: What the package says of itself.
+        path: The package.
+        half: Whether it computes in half precision, which the Neural Engine needs.
+
+    Raises:
+        ExportError: if the program has another number of convolutions than the network runs, or any BatchNorm.
+    """
+    import coremltools
+
+    normalization = graph.preprocess.mean, graph.preprocess.std
+    mean, std = (values.flatten() for values in normalization)
+    scale = 1 / float(std.mean())
+    convolutions = count_convolutions(graph, images)
+    graph.preprocess.mean = torch.zeros_like(normalization[0])
+    graph.preprocess.std = normalization[1] * scale
+    try:
+        program = _program(graph, (images - normalization[0]) * scale, several_sizes=len(info.sizes) > 1)
+    finally:
+        graph.preprocess.mean, graph.preprocess.std = normalization
+    shapes = [(1, 3, *size) for size in info.sizes]
+    model = _convert(
+        program,
+        inputs=[
+            coremltools.ImageType(
+                name='images',
+                shape=shapes[0] if len(shapes) == 1 else coremltools.EnumeratedShapes(shapes, default=shapes[0]),
+                scale=scale,
+                bias=[-float(value) * scale for value in mean],
+                color_layout=coremltools.colorlayout.RGB,
+            )
+        ],
+        outputs=[coremltools.TensorType(name=name) for name in graph.outputs],
+        convert_to='mlprogram',
+        minimum_deployment_target=coremltools.target.iOS16,
+        compute_precision=_half_maps() if half else coremltools.precision.FLOAT32,
+        skip_model_load=True,
+    )
+    found = Counter(operation.type for operation in operations(model.get_spec()))
+    if found['conv'] != convolutions:
+        raise ExportError(f'the Core ML program has {found["conv"]} convolutions, the fused network {convolutions}')
+    if found['batch_norm']:
+        raise ExportError(f'the Core ML program still has {found["batch_norm"]} BatchNorms')
+    model.user_defined_metadata[KEY] = info.to_json()
+    model.save(str(path))
+
+
+def _program(graph: Graph, images: Tensor, several_sizes: bool) -> Any:
+    """A graph as coremltools takes it: for one size without a computation of sizes in it."""
+    if several_sizes:
+        graph.size = None
+        return torch.jit.trace(graph, images, check_trace=False)
+    # coremltools does not know the operator that does nothing.
+    return torch.export.export(graph, (images,)).run_decompositions({torch.ops.aten.alias.default: lambda x: x})
+
+
+def _half_maps() -> Any:
+    """Half precision for maps, which have four dimensions; it would round the coordinates of boxes to whole pixels."""
+    import coremltools
+
+    return coremltools.transform.FP16ComputePrecision(
+        op_selector=lambda operation: all(output.rank == 4 for output in operation.outputs)
+    )
+
+
+def _convert(*args: Any, **options: Any) -> Any:
+    """``coremltools.convert``, with whole numbers divided as such: it makes floats of them, which may be rounded."""
+    import coremltools
+    from coremltools.converters.mil import Builder
+    from coremltools.converters.mil.frontend.torch import ops
+    from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY as registry
+
+    def floor_divide(context: Any, node: Any) -> None:
+        first, second = ops._get_inputs(context, node, expected=2)
+        context.add(Builder.floor_div(x=first, y=second, name=node.name))
+
+    theirs = registry.get_func('floor_divide')
+    registry.set_func_by_name(floor_divide, 'floor_divide')
+    try:
+        return coremltools.convert(*args, **options)
+    finally:
+        registry.set_func_by_name(theirs, 'floor_divide')
+
+
+def count_convolutions(graph: nn.Module, images: Tensor) -> int:
+    """How many convolutions a network runs on a batch of images."""
+    count = 0
+
+    def note(*_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    handles = [module.register_forward_hook(note) for module in graph.modules() if isinstance(module, nn.Conv2d)]
+    try:
+        graph(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return count
+
+
+def operations(spec: Any) -> Iterator[Any]:
+    """All operations of a converted program, those inside loops and branches too."""
+
+    def within(block: Any) -> Iterator[Any]:
+        for operation in block.operations:
+            yield operation
+            for inner in operation.blocks:
+                yield from within(inner)
+
+    for function in spec.mlProgram.functions.values():
+        for block in function.block_specializations.values():
+            yield from within(block)

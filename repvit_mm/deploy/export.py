@@ -1,0 +1,432 @@
+"""From a fused model to a file that runs elsewhere, which is compared with the model before it is put in its place."""
+
+import copy
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .graph import ExportError, Graph, backbone_graph, graph_of
+from .load import versions
+from .metadata import KEY, FileInfo
+from .operators import Suppress, suppress_by_loop, suppress_by_onnx, suppress_by_scan
+from .runtimes import INFO_FILE, RuntimeFileError, open_file
+from .timing import Spread, interleave
+from .verify import TOLERANCES, Difference, compare, framework_outputs
+
+OPSET = 17
+"""Of ONNX files: one that every current runtime reads, and the first one but one whose RoiAlign is right."""
+
+What = Literal['model', 'backbone']
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to export.
+
+    Args:
+        what: The whole model, or its backbone.
+        sizes: Heights and widths in pixels that the file shall take, the default one first.
+        dynamic: Whether it shall take any number of images of any size; the default size is what it is tried with.
+        half: Whether to store the weights in half precision.
+        logits: Whether a segmentor shall give logits instead of labels.
+        opset: Of an ONNX file.
+    """
+
+    what: What = 'model'
+    sizes: tuple[tuple[int, int], ...] = ((512, 512),)
+    dynamic: bool = False
+    half: bool = False
+    logits: bool = False
+    opset: int = OPSET
+
+
+Run = Callable[[np.ndarray], dict[str, np.ndarray]]
+"""Images ``(N, 3, H, W)`` to outputs by name."""
+
+Write = Callable[[Graph, Tensor, FileInfo, Path, Options], None]
+"""Writes a graph to a file; the tensor is a batch of images to trace it with."""
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """A kind of file.
+
+    Args:
+        suffix: Of its name.
+        write: What writes it.
+        library: The distributions that make it.
+        suppress: Gives the formulation of non-maximum suppression that it keeps.
+        dynamic: Whether it can take images of any size.
+        several_sizes: Whether it can take images of several given sizes.
+        half: What half precision means: ``'graph'``, a network that computes in it; ``'file'``, something that the
+            writer sees to; or why there is none.
+        runs: Whether the file can be run, and compared, on this system.
+    """
+
+    suffix: str
+    write: Write
+    library: tuple[str, ...] = ()
+    suppress: Callable[[], Suppress] = lambda: suppress_by_loop
+    dynamic: bool = True
+    several_sizes: bool = False
+    half: str = 'graph'
+    runs: bool = True
+
+
+@dataclass
+class Report:
+    """What became of an export.
+
+    Args:
+        path: The file.
+        bytes: Its size, that of files that belong to it included.
+        differences: What was fed -> how far the file's outputs are off the framework's own.
+        times: ``'pytorch'`` and ``'file'`` -> seconds for an image; empty if the file does not run here.
+        notes: What else is to be said.
+    """
+
+    path: Path
+    bytes: int
+    differences: dict[str, Difference] = field(default_factory=dict)
+    times: dict[str, Spread] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f'{self.path}: {self.bytes / 1e6:.1f} MB']
+        lines += [f'against PyTorch, {what}: {difference.text}' for what, difference in self.differences.items()]
+        if self.times:
+            shown = {name: f'{1000 * time.median:.1f} ms' for name, time in self.times.items()}
+            lines.append(f'PyTorch {shown["pytorch"]}, this file {shown["file"]} an image, medians')
+        return '\n'.join(lines + self.notes)
+
+
+def write_onnx(graph: Graph, images: Tensor, info: FileInfo, path: Path, options: Options) -> None:
+    """An ONNX file of standard operators."""
+    import onnx
+
+    axes = None
+    if options.dynamic:
+        axes = {'images': {0: 'batch', 2: 'height', 3: 'width'}} | {name: {0: 'batch'} for name in graph.outputs}
+    # The newer exporter fails on detectors. This is the only place that calls the older one.
+    torch.onnx.export(
+        graph,
+        (images,),
+        str(path),
+        input_names=['images'],
+        output_names=list(graph.outputs),
+        dynamic_axes=axes,
+        opset_version=options.opset,
+        dynamo=False,
+    )
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    onnx.helper.set_model_props(model, {KEY: info.to_json()})
+    onnx.save(model, path)
+
+
+def write_openvino(graph: Graph, images: Tensor, info: FileInfo, path: Path, options: Options) -> None:
+    """An OpenVINO model, an ``.xml`` file and a ``.bin`` file with the weights, by way of an ONNX file."""
+    import openvino
+
+    with tempfile.TemporaryDirectory() as scratch:
+        onnx_path = Path(scratch, 'model.onnx')
+        write_onnx(graph, images, info, onnx_path, options)
+        model = openvino.convert_model(onnx_path)
+        model.set_rt_info(info.to_json(), [KEY])
+        openvino.save_model(model, path, compress_to_fp16=options.half)
+
+
+def write_torchscript(graph: Graph, images: Tensor, info: FileInfo, path: Path, options: Options) -> None:
+    """A traced and frozen program of ``torch.jit``."""
+    traced = torch.jit.freeze(torch.jit.trace(graph, images, check_trace=False))
+    torch.jit.save(traced, str(path), _extra_files={INFO_FILE: info.to_json()})
+
+
+def write_torch_export(graph: Graph, images: Tensor, info: FileInfo, path: Path, options: Options) -> None:
+    """A program of ``torch.export``."""
+    program = exported_program(graph, images, options)
+    torch.export.save(program, str(path), extra_files={INFO_FILE: info.to_json()})
+
+
+def write_executorch(graph: Graph, images: Tensor, info: FileInfo, path: Path, options: Options) -> None:
+    """An ExecuTorch program whose convolutions are XNNPACK's."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    program = exported_program(graph, images, options)
+    # A method that returns a constant is where a program keeps what it says of itself.
+    edge = to_edge_transform_and_lower(
+        program, partitioner=[XnnpackPartitioner()], constant_methods={KEY: info.to_json()}
+    )
+    path.write_bytes(edge.to_executorch().buffer)
+
+
+def exported_program(graph: Graph, images: Tensor, options: Options) -> torch.export.ExportedProgram:
+    """A graph as ``torch.export`` gives it."""
+    any_size = torch.export.Dim.AUTO
+    shapes = ({0: any_size, 2: any_size, 3: any_size},) if options.dynamic else None
+    return torch.export.export(graph, (images,), dynamic_shapes=shapes)
+
+
+def write_coreml(graph: Graph, images: Tensor, info: FileInfo, path: Path, options: Options) -> None:
+    """A Core ML package, checked by the structure of its program."""
+    from .coreml import write_package
+
+    write_package(graph, images, info, path, options.half)
+
+
+EXPORTERS: dict[str, Exporter] = {
+    'onnx': Exporter('.onnx', write_onnx, ('onnx', 'onnxruntime'), lambda: suppress_by_onnx),
+    'openvino': Exporter('.xml', write_openvino, ('onnx', 'openvino'), lambda: suppress_by_onnx, half='file'),
+    'torchscript': Exporter('.pt', write_torchscript, suppress=lambda: torch.jit.script(suppress_by_loop)),
+    'torch_export': Exporter('.pt2', write_torch_export, suppress=lambda: suppress_by_scan),
+    'executorch': Exporter(
+        '.pte',
+        write_executorch,
+        ('executorch',),
+        lambda: suppress_by_scan,
+        dynamic=False,
+        half='XNNPACK saves nothing by half precision: take int8',
+    ),
+    'coreml': Exporter(
+        '.mlpackage',
+        write_coreml,
+        ('coremltools',),
+        dynamic=False,
+        several_sizes=True,
+        half='file',
+        runs=False,
+    ),
+}
+"""Name of a target -> how to export to it."""
+
+
+def check_options(target: str, path: Path, options: Options) -> None:
+    """Refuse what a target cannot do, before anything is computed.
+
+    Raises:
+        ExportError: with what to do instead.
+    """
+    exporter = EXPORTERS[target]
+    if path.suffix != exporter.suffix:
+        raise ExportError(f'{path}: a file for {target} has a name that ends in {exporter.suffix}')
+    if options.dynamic and not exporter.dynamic:
+        raise ExportError(f'{target} files take images of a fixed size: give the size instead of --dynamic')
+    if len(options.sizes) > 1 and not exporter.several_sizes:
+        raise ExportError(f'a {target} file takes one size, or any with --dynamic, not {len(options.sizes)} sizes')
+    if options.half and exporter.half not in ('graph', 'file'):
+        raise ExportError(f'--half: {exporter.half}')
+
+
+def build_graph(model: nn.Module, target: str, options: Options) -> Graph:
+    """What is exported of a fused model, on a copy of it.
+
+    Raises:
+        ExportError: if the model is of a kind that cannot be exported.
+    """
+    exporter = EXPORTERS[target]
+    twin = copy.deepcopy(model).requires_grad_(False)
+    if options.half and exporter.half == 'graph':
+        twin.half()
+    whole = options.what == 'model'
+    graph = graph_of(twin, options.logits, exporter.suppress()) if whole else backbone_graph(twin)
+    graph.size = None if options.dynamic else options.sizes[0]
+    return graph.eval()
+
+
+def export(
+    model: nn.Module,
+    graph: Graph,
+    info: FileInfo,
+    target: str,
+    path: Path,
+    options: Options,
+    images: Sequence[np.ndarray] = (),
+    rounds: int = 5,
+) -> Report:
+    """Write a file, compare it with the model in its own runtime, and only then put it in its place.
+
+    Args:
+        model: The fused model; what it predicts by its own framework is what the file must predict.
+        graph: The model's graph, by :func:`build_graph`.
+        info: What the file says of itself; sizes, precision and versions are filled in here.
+        target: A name in ``EXPORTERS``.
+        path: Where the file shall lie.
+        options: The same as the graph's.
+        images: Real images ``(3, H, W)``, RGB, values from 0 to 255, for the comparison beside random ones.
+        rounds: How often model and file are timed in turns; 0 does not time them.
+
+    Raises:
+        ExportError: if the target's library is missing or fails, or if the file and the model disagree by more than
+            ``TOLERANCES``. No file is left then.
+    """
+    exporter = EXPORTERS[target]
+    check_options(target, path, options)
+    for library in exporter.library:
+        if not versions([library]):
+            raise ExportError(f'{target} needs the package {library}: pip install {library}')
+    info = replace(
+        info,
+        sizes=() if options.dynamic else options.sizes,
+        batch=None if options.dynamic else 1,
+        precision='float16' if options.half else 'float32',
+        versions=info.versions | versions(exporter.library),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix='.', dir=path.parent) as scratch:
+        part = Path(scratch, path.name)
+        try:
+            # Two images where their number is left open: torch.export takes one for a constant.
+            batch = torch.from_numpy(random_images(2 if options.dynamic else 1, options.sizes[0]))
+            with torch.no_grad(), quiet():
+                exporter.write(graph, batch, info, part, options)
+        except ExportError:
+            raise
+        except Exception as error:  # exporters raise anything
+            raise ExportError(f'{target} cannot export this model: {" ".join(str(error).split())[:300]}') from error
+        report = Report(path, sum(file.stat().st_size for file in Path(scratch).rglob('*') if file.is_file()))
+        if exporter.runs:
+            run = open_exported(part, info)
+            report.differences = check_outputs(model, graph, run, info, options, images)
+            if rounds:
+                report.times = compare_times(model, run, info, options, images, rounds)
+        else:
+            run = partial(graph_outputs, graph)
+            report.differences = check_outputs(model, graph, run, info, options, images)
+            report.notes.append(f'{target} files do not run on this system: compared was what went into the converter')
+        # What belongs to the file comes first: it is never there without.
+        for file in sorted(Path(scratch).iterdir(), key=lambda file: file == part):
+            goal = path.parent / file.name
+            if goal.is_dir():
+                shutil.rmtree(goal)
+            file.replace(goal)
+    return report
+
+
+def open_exported(path: Path, info: FileInfo) -> Run:
+    """What runs a file that was just written, in its own runtime.
+
+    Raises:
+        ExportError: if it cannot be opened, or says something else of itself.
+    """
+    try:
+        runtime = open_file(path, torch.get_num_threads())
+    except RuntimeFileError as error:
+        raise ExportError(str(error)) from error
+    if runtime.info != info:
+        raise ExportError(f'{path.name} does not keep what it says of itself')
+    return runtime.run
+
+
+@torch.inference_mode()
+def graph_outputs(graph: Graph, images: np.ndarray) -> dict[str, np.ndarray]:
+    """What a graph itself computes, in the form of a file's outputs."""
+    outputs = graph(torch.from_numpy(images))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return {name: output.numpy() for name, output in zip(graph.outputs, outputs, strict=True)}
+
+
+def check_outputs(
+    model: nn.Module, graph: Graph, run: Run, info: FileInfo, options: Options, images: Sequence[np.ndarray]
+) -> dict[str, Difference]:
+    """Compare what a file gives with what the model predicts by its own framework.
+
+    Returns:
+        What was fed -> the largest difference that was seen.
+
+    Raises:
+        ExportError: if they disagree.
+    """
+    found = {}
+    for what, batches in trials(options, images).items():
+        try:
+            differences = [
+                compare(
+                    info.task,
+                    framework_outputs(model, info.task, batch, options.logits),
+                    run(batch),
+                    TOLERANCES[info.precision],
+                    graph.limit,
+                )
+                for batch in batches
+            ]
+        except RuntimeFileError as error:
+            raise ExportError(f'the file does not run, {what}: {error}') from error
+        # Not a number is the worst.
+        found[what] = max(differences, key=lambda difference: (not difference.tolerated, difference.excess))
+        if not found[what].tolerated:
+            raise ExportError(f'the file does not compute what PyTorch does, {what}: {found[what].text}')
+    return found
+
+
+def compare_times(
+    model: nn.Module, run: Run, info: FileInfo, options: Options, images: Sequence[np.ndarray], rounds: int
+) -> dict[str, Spread]:
+    """Seconds that the model and a file take for one image, in turns."""
+    batch = next(iter(trials(options, images[:1]).values()))[0]
+    candidates = {
+        'pytorch': lambda: framework_outputs(model, info.task, batch, options.logits),
+        'file': lambda: run(batch),
+    }
+    return interleave(candidates, rounds, torch.device('cpu'), 'timing')
+
+
+def trials(options: Options, images: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
+    """Batches to compare a file on, by what they are; real images come first if there are any.
+
+    A file of a fixed size gets the real images resized. One of any size gets them as they are, and random ones also in
+    a batch of two of another size.
+    """
+    found = {}
+    if images:
+        found[f'{len(images)} real images'] = [
+            image[None] if options.dynamic else resized(image, options.sizes[0]) for image in images
+        ]
+    batches = [random_images(1, options.sizes[0])]
+    if options.dynamic:
+        height, width = options.sizes[0]
+        # A multiple of what any network halves its images to; not so small that a map has a single row.
+        batches.append(random_images(2, (max(height // 64, 2) * 32, max(width // 96, 2) * 32)))
+    return found | {'random images': batches}
+
+
+def random_images(count: int, size: tuple[int, int]) -> np.ndarray:
+    """Noise of every fineness, ``(N, 3, H, W)`` from 0 to 255: fine noise alone looks the same to a network."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.zeros(count, 3, *size)
+    for side in (2, 8, 32):
+        noise = torch.rand(count, 3, side, side, generator=generator)
+        images += F.interpolate(noise, size=size, mode='bilinear')
+    images += torch.rand(images.shape, generator=generator)
+    return (images / 4 * 255).round().numpy()
+
+
+def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image ``(3, H, W)`` in another size, as a batch of one."""
+    batch = torch.from_numpy(image)[None]
+    return F.interpolate(batch, size=size, mode='bilinear', antialias=True).round().clamp(0, 255).numpy()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters warn of what they always do: sizes that become constants, their own age, untested versions."""
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)

@@ -1,0 +1,206 @@
+"""From a config and a checkpoint to the fused model that is exported, and to what its file says of itself."""
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.logging import print_log
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.runner import CheckpointLoader
+from torch import nn
+
+from ..checkpoint import cached, tensors_of
+from ..loading import FAMILIES, check_outside_backbones
+from ..messages import one_line
+from ..reparam import reparam_blocks, switch_to_deploy
+from .fold import fold_conv_norms
+from .graph import ExportError, Graph
+from .metadata import FileInfo
+
+DISTRIBUTIONS = ('repvit_mm', 'torch', 'mmengine', 'mmcv', 'mmdet', 'mmsegmentation')
+"""Whose versions a file tells, beside those of its exporter."""
+
+
+def load_model(cfg: Config, checkpoint: str | Path, deploy: bool = False) -> nn.Module:
+    """A config's model with a checkpoint's weights, in ``eval`` mode.
+
+    Args:
+        cfg: The config.
+        checkpoint: Path or address of the checkpoint.
+        deploy: Whether to fuse the whole model; the checkpoint's backbone may be fused already then. If not, the model
+            is as the config says.
+
+    Raises:
+        ExportError: if the config's model cannot be built.
+        CheckpointError: if the checkpoint cannot be read, or does not fit the model, its heads included.
+    """
+    model = build_model(cfg, deploy)
+    content = CheckpointLoader.load_checkpoint(str(checkpoint), 'cpu', logger='silent')
+    check_outside_backbones(model, content, str(checkpoint))
+    # Not strict: a file may hold more than the model, and old ones lack BatchNorm's batch counters.
+    tensors = {name.removeprefix('module.'): tensor for name, tensor in tensors_of(content).items()}
+    model.load_state_dict(tensors, strict=False)
+    return fuse_model(model) if deploy else model
+
+
+def build_model(cfg: Config, deploy: bool = False) -> nn.Module:
+    """A config's model with random weights, in ``eval`` mode.
+
+    Args:
+        cfg: The config.
+        deploy: Whether to build its backbone fused, if it is one of this package's.
+
+    Raises:
+        ExportError: if it cannot be built.
+    """
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    model = cfg.model.copy()
+    if isinstance(model.get('backbone'), dict):
+        model.backbone.init_cfg = None  # what it would download is overwritten
+        if deploy and model.backbone.get('type') in [family.__name__ for family in FAMILIES]:
+            model.backbone.deploy = True
+    try:
+        # Statistics of several processes are one process's statistics in a test.
+        return revert_sync_batchnorm(MODELS.build(model)).eval()
+    except Exception as error:  # anything can be wrong in a config
+        raise ExportError(f'the model cannot be built: {one_line(error)}') from error
+
+
+def fuse_model(model: nn.Module) -> nn.Module:
+    """Fuse a whole model in place: the blocks of its backbone, and the norms behind the convolutions of the rest.
+
+    Args:
+        model: A model in ``eval`` mode, fused or not.
+
+    Returns:
+        The same model.
+    """
+    count = len(reparam_blocks(model))
+    if count:
+        print_log(f'{count} blocks of the backbone fused', 'current', logging.INFO)
+    switch_to_deploy(model)
+    fold_conv_norms(model)
+    return model
+
+
+def describe(cfg: Config, checkpoint: str | Path | None, graph: Graph, **fields: Any) -> FileInfo:
+    """What an exported file says of itself.
+
+    Args:
+        cfg: The config.
+        checkpoint: The checkpoint whose weights the graph has; ``None`` if it has random ones.
+        graph: What is exported.
+        fields: Further fields of :class:`~repvit_mm.deploy.metadata.FileInfo`.
+    """
+    classes, palette = ((), ()) if graph.task == 'backbone' else class_names(cfg, checkpoint)
+    preprocess = graph.preprocess
+    known: dict[str, Any] = dict(
+        task=graph.task,
+        outputs=graph.outputs,
+        classes=classes,
+        palette=palette,
+        mean=tuple(preprocess.mean.flatten().tolist()),
+        std=tuple(preprocess.std.flatten().tolist()),
+        divisor=preprocess.divisor,
+        config=Path(cfg.filename).name if cfg.filename else '',
+        versions=versions(DISTRIBUTIONS),
+        **resizing(cfg),
+    )
+    if checkpoint is not None:
+        path = cached(str(checkpoint)) if '://' in str(checkpoint) else Path(checkpoint).expanduser()
+        known |= {'checkpoint': path.name, 'sha256': hashlib.sha256(path.read_bytes()).hexdigest()}
+    return FileInfo(**known | fields)
+
+
+def class_names(cfg: Config, checkpoint: str | Path | None) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
+    """Names and colours of a model's classes, as the checkpoint has them, or else the config's test data set."""
+    meta: Any = {}
+    if checkpoint is not None:
+        content = CheckpointLoader.load_checkpoint(str(checkpoint), 'cpu', logger='silent')
+        meta = content.get('meta') if isinstance(content, Mapping) else None
+        meta = meta if isinstance(meta, Mapping) else {}
+    # MMEngine's words, and those of the 2.x era.
+    found = meta.get('dataset_meta') or {'classes': meta.get('CLASSES'), 'palette': meta.get('PALETTE')}
+    if not found.get('classes'):
+        dataset = test_dataset(cfg)
+        declared = getattr(DATASETS.get(dataset.get('type', '')), 'METAINFO', {})
+        found = {**declared, **(dataset.get('metainfo') or {})}
+    classes, palette = found.get('classes') or (), found.get('palette')
+    colours = palette if isinstance(palette, Sequence) and not isinstance(palette, str) else ()
+    return tuple(classes), tuple(tuple(int(value) for value in colour) for colour in colours)
+
+
+def test_dataset(cfg: Config) -> Any:
+    """The config of the first plain data set that a config tests on; empty without any."""
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    while 'dataset' in dataset or 'datasets' in dataset:
+        dataset = dataset.dataset if 'dataset' in dataset else dataset.datasets[0]
+    return dataset
+
+
+def resizing(cfg: Config) -> dict[str, Any]:
+    """How a config's test pipeline resizes an image, as fields of :class:`~repvit_mm.deploy.metadata.FileInfo`."""
+    pipeline = test_dataset(cfg).get('pipeline') or cfg.get('test_pipeline') or []
+    steps = {step['type'].rpartition('.')[2] if isinstance(step['type'], str) else '': step for step in pipeline}
+    fields: dict[str, Any] = {}
+    if scale := steps.get('Resize', {}).get('scale'):
+        fields = {'scale': tuple(scale), 'keep_ratio': bool(steps['Resize'].get('keep_ratio', False))}
+    if 'ResizeToMultiple' in steps:
+        fields['scale_divisor'] = steps['ResizeToMultiple'].get('size_divisor', 32)
+    if size := steps.get('Pad', {}).get('size'):
+        value = steps['Pad'].get('pad_val', 0)
+        value = value.get('img', 0) if isinstance(value, Mapping) else value
+        fields |= {'canvas': tuple(size), 'canvas_value': float(value[0] if isinstance(value, Sequence) else value)}
+    return fields
+
+
+def input_size(cfg: Config) -> tuple[int, int] | None:
+    """Height and width in pixels that a config feeds: its canvas, its crop or the scale that it tests at, if any."""
+    fields = resizing(cfg)
+    if 'canvas' in fields:
+        return fields['canvas'][::-1]
+    if size := (cfg.model.get('data_preprocessor') or {}).get('size'):
+        return tuple(size)
+    scale = fields.get('scale')
+    return (min(scale), max(scale)) if scale else None
+
+
+def versions(distributions: Sequence[str]) -> dict[str, str]:
+    """The versions of distributions, of those that are installed."""
+    found = {}
+    for name in distributions:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def test_images(cfg: Config, count: int) -> list[np.ndarray]:
+    """The first images of the data set that a config tests on, as its pipeline resizes them.
+
+    Args:
+        cfg: The config.
+        count: How many at most.
+
+    Returns:
+        Arrays ``(3, H, W)``, float32, RGB, from 0 to 255; none if the data set is not there.
+    """
+    dataset = test_dataset(cfg)
+    if not dataset:
+        return []
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    try:
+        built = DATASETS.build(dataset)
+        inputs = [built[index]['inputs'] for index in range(min(count, len(built)))]
+    except Exception as error:  # a data set that is not there may fail in any way, and it is not what is to be exported
+        print_log(f'no real images: the test data set cannot be read ({error})', 'current', logging.WARNING)
+        return []
+    return [image.flip(0).to(torch.float32).numpy() for image in inputs]  # the frameworks load BGR

@@ -1,0 +1,214 @@
+"""Whether two runs of one model give the same: what the framework computes, and how far a file's outputs are off."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .metadata import Task
+
+Outputs = Mapping[str, np.ndarray]
+"""Name -> array, as :class:`~repvit_mm.deploy.metadata.FileInfo` describes them."""
+
+SCORE = 0.05
+"""Detections with a lower score are not compared."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far outputs may be off.
+
+    Args:
+        maps: Relative L2 error of a map or of logits.
+        pixels: Share of pixels with another label.
+        boxes: Pixels by which a corner's coordinate differs.
+        scores: Difference of a score.
+        detections: Share of detections without a counterpart.
+    """
+
+    maps: float = 1e-4
+    pixels: float = 1e-3
+    boxes: float = 0.5
+    scores: float = 1e-3
+    detections: float = 0.0
+
+
+TOLERANCES = {
+    'float32': Tolerance(),
+    'float16': Tolerance(maps=2e-2, pixels=2e-2, boxes=2.0, scores=2e-2, detections=0.05),
+}
+"""Precision of a file's weights -> how far it may be off the float32 model."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far outputs are off.
+
+    Args:
+        text: In words and numbers.
+        excess: The largest difference in terms of what is tolerated: above 1, or not a number, is too much.
+    """
+
+    text: str
+    excess: float
+
+    @property
+    def tolerated(self) -> bool:
+        """Whether it is within the tolerance."""
+        return self.excess <= 1  # not a number is not
+
+
+@torch.inference_mode()
+def framework_outputs(model: nn.Module, task: Task, images: np.ndarray, logits: bool = False) -> dict[str, np.ndarray]:
+    """What MMDetection or MMSegmentation itself predicts, in the form of a file's outputs.
+
+    Args:
+        model: The built model in ``eval`` mode.
+        task: What of it is meant.
+        images: ``(N, 3, H, W)``, RGB, values from 0 to 255.
+        logits: Whether a segmentor's logits are wanted instead of labels.
+    """
+    shape = images.shape[-2:]
+    inputs = list(torch.from_numpy(images).flip(1))  # the frameworks load BGR
+    if task == 'backbone':
+        normalized = [normalize(model, image) for image in inputs]
+        maps = model.backbone(torch.stack(normalized))
+        return {f'map{index}': map_.float().numpy() for index, map_ in enumerate(maps)}
+    samples = [_sample(task, shape) for _ in inputs]
+    data = model.data_preprocessor({'inputs': inputs, 'data_samples': samples}, False)
+    if task == 'segmentation':
+        results = model.predict(data['inputs'], data['data_samples'])
+        if logits:
+            return {'logits': np.stack([result.seg_logits.data.numpy() for result in results])}
+        return {'labels': np.stack([result.pred_sem_seg.data[0].numpy().astype(np.int64) for result in results])}
+    results = model.predict(data['inputs'], data['data_samples'], rescale=False)
+    return _padded([result.pred_instances for result in results])
+
+
+def normalize(model: nn.Module, image: Tensor) -> Tensor:
+    """One BGR image ``(3, H, W)`` as a model's data preprocessor normalizes it, without padding."""
+    preprocessor = model.data_preprocessor
+    if getattr(preprocessor, 'channel_conversion', getattr(preprocessor, '_channel_conversion', False)):
+        image = image.flip(0)
+    if getattr(preprocessor, '_enable_normalize', False):
+        image = (image - preprocessor.mean) / preprocessor.std
+    return image
+
+
+def _sample(task: Task, shape: tuple[int, int]) -> object:
+    """What a framework is told of an image that is fed in its own size."""
+    meta = dict(img_shape=shape, ori_shape=shape, scale_factor=(1.0, 1.0))
+    if task == 'segmentation':
+        from mmseg.structures import SegDataSample
+
+        return SegDataSample(metainfo=meta)
+    from mmdet.structures import DetDataSample
+
+    return DetDataSample(metainfo=meta)
+
+
+def _padded(results: list) -> dict[str, np.ndarray]:
+    """Detections of several images in one array for each field: no score and no class where one has fewer."""
+    most = max(len(result) for result in results)
+    outputs = {
+        'boxes': np.zeros((len(results), most, 4), np.float32),
+        'scores': np.zeros((len(results), most), np.float32),
+        'labels': np.full((len(results), most), -1, np.int64),
+        'count': np.array([len(result) for result in results], np.int64),
+    }
+    for index, result in enumerate(results):
+        count = len(result)
+        outputs['boxes'][index, :count] = result.bboxes.numpy()
+        outputs['scores'][index, :count] = result.scores.numpy()
+        outputs['labels'][index, :count] = result.labels.numpy()
+    return outputs
+
+
+def compare(
+    task: Task, expected: Outputs, found: Outputs, tolerance: Tolerance, limit: int | None = None
+) -> Difference:
+    """How far a file's outputs are off what they should be.
+
+    Args:
+        task: What the outputs are.
+        expected: What they should be.
+        found: What they are.
+        tolerance: What may differ.
+        limit: How many detections of an image there can be. Where there are so many, the last ones may differ.
+    """
+    if task == 'detection':
+        return _compare_detections(expected, found, tolerance, limit)
+    if task == 'segmentation' and 'labels' in expected:
+        right, actual = expected['labels'], found['labels']
+        if right.shape != actual.shape:
+            return Difference(f'labels of shape {actual.shape} instead of {right.shape}', float('inf'))
+        share = float((right != actual).mean())
+        return Difference(f'{share:.4%} of pixels have another label', share / tolerance.pixels)
+    errors = {name: relative_error(found[name], right) for name, right in expected.items()}
+    # Unlike Python's, NumPy's maximum does not lose a NaN.
+    worst = float(np.max(list(errors.values())))
+    return Difference(f'relative L2 error {worst:.1e}', worst / tolerance.maps)
+
+
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """L2 norm of the difference over that of ``expected``, in float64; infinite if the shapes differ."""
+    if actual.shape != expected.shape:
+        return float('inf')
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    scale = np.linalg.norm(expected)
+    return float(np.linalg.norm(actual - expected) / scale if scale > 0 else np.linalg.norm(actual))
+
+
+def _compare_detections(expected: Outputs, found: Outputs, tolerance: Tolerance, limit: int | None) -> Difference:
+    """Pair the detections of two runs by label, score and place, and measure boxes and scores within the pairs."""
+    pairs, alone, boxes, scores = 0, 0, 0.0, 0.0
+    for index in range(len(expected['scores'])):
+        right, actual = _detections(expected, index), _detections(found, index)
+        # One whose score lies at the limit, or that competes for the last place, may be on either side of it.
+        certain = max(SCORE, *(_last_place(run, index, limit) for run in (expected, found))) + tolerance.scores
+        matches = _match(right, actual, tolerance)
+        for a, b in matches.items():
+            boxes = max(boxes, float(np.abs(right['boxes'][a] - actual['boxes'][b]).max()))
+            scores = max(scores, float(abs(right['scores'][a] - actual['scores'][b])))
+        pairs += len(matches)
+        alone += sum(right['scores'][a] > certain for a in range(len(right['scores'])) if a not in matches)
+        taken = set(matches.values())
+        alone += sum(actual['scores'][b] > certain for b in range(len(actual['scores'])) if b not in taken)
+    share = alone / max(pairs + alone, 1)
+    text = f'{pairs} detections differ by at most {boxes:.1e} pixels and {scores:.1e} in score'
+    if alone:
+        text += f', {alone} have no counterpart within {tolerance.boxes} pixels and {tolerance.scores} in score'
+    # Pairs lie within the tolerance, or they were none.
+    return Difference(text, share / tolerance.detections if tolerance.detections else (np.inf if alone else 0.0))
+
+
+def _detections(outputs: Outputs, index: int) -> dict[str, np.ndarray]:
+    """The detections of one image whose score counts."""
+    kept = (outputs['scores'][index] > SCORE) & (outputs['labels'][index] >= 0)
+    return {name: outputs[name][index][kept] for name in ('boxes', 'scores', 'labels')}
+
+
+def _last_place(outputs: Outputs, index: int, limit: int | None) -> float:
+    """The lowest score of an image that has as many detections as there can be, else 0."""
+    scores = outputs['scores'][index][outputs['labels'][index] >= 0]
+    return float(scores.min()) if len(scores) == limit else 0.0
+
+
+def _match(right: Outputs, actual: Outputs, tolerance: Tolerance) -> dict[int, int]:
+    """For each detection the nearest one of the other run that has its label and about its score and box."""
+    free = np.ones(len(actual['scores']), bool)
+    matches = {}
+    for a in range(len(right['scores'])):
+        distance = np.abs(actual['boxes'] - right['boxes'][a]).max(axis=1, initial=0)
+        alike = (
+            free
+            & (actual['labels'] == right['labels'][a])
+            & (np.abs(actual['scores'] - right['scores'][a]) <= tolerance.scores)
+            & (distance <= tolerance.boxes)
+        )
+        if alike.any():
+            b = int(np.argmin(np.where(alike, distance, np.inf)))
+            matches[a], free[b] = b, False
+    return matches

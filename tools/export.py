@@ -1,0 +1,83 @@
+"""Export a trained model to a file that runs elsewhere: python tools/export.py CONFIG CHECKPOINT --to onnx."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from _launch import check_checkpoint, read_config
+from mmengine.config import DictAction
+
+from repvit_mm.checkpoint import CheckpointError, trust
+from repvit_mm.deploy.export import EXPORTERS, OPSET, Options, build_graph, check_options, export
+from repvit_mm.deploy.graph import ExportError
+from repvit_mm.deploy.load import describe, input_size, load_model, test_images
+
+REAL_IMAGES = 4
+"""How many images of the test data set a file is compared on."""
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description='Export a trained model and prove that the file is the model.')
+    parser.add_argument('config', help='config file, e.g. configs/seg/fpn_repvit_m0_6_shapes.py')
+    parser.add_argument('checkpoint', help='checkpoint file, its backbone fused or not')
+    parser.add_argument(
+        '--to', required=True, choices=EXPORTERS, metavar='TARGET', help=f'one of {", ".join(EXPORTERS)}'
+    )
+    parser.add_argument('--what', choices=['model', 'backbone'], default='model', help='default: model')
+    parser.add_argument(
+        '--shape',
+        nargs='+',
+        type=int,
+        metavar='SIDE',
+        help='height and width of the images, for coreml several pairs, the default one first (default: the size that '
+        'the config tests at)',
+    )
+    parser.add_argument('--dynamic', action='store_true', help='take any number of images of any size')
+    parser.add_argument('--half', action='store_true', help='weights in half precision')
+    parser.add_argument('--logits', action='store_true', help="a segmentor's logits instead of its labels")
+    parser.add_argument('--opset', type=int, default=OPSET, help=f'of an ONNX file (default: {OPSET})')
+    parser.add_argument('--out', type=Path, help='the file (default: work_dirs/<config>/<config>.<suffix>)')
+    parser.add_argument('--force', action='store_true', help='replace the file if it is there already')
+    parser.add_argument('--rounds', type=int, default=5, help='how often to time PyTorch and the file; 0: not at all')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE', help='settings of the config'
+    )
+    parser.add_argument('--trust-checkpoint', action='store_true', help='let the checkpoint run code as it is read')
+    args = parser.parse_args(argv)
+    if args.shape and len(args.shape) % 2:
+        parser.error(f'--shape takes pairs of a height and a width, not {len(args.shape)} numbers')
+    if any(side < 32 for side in args.shape or ()):
+        parser.error('--shape: sides are at least 32 pixels')
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Export."""
+    args = parse_args(argv)
+    cfg = read_config(Path(args.config), args.cfg_options)
+    check_checkpoint(args.checkpoint)
+    if args.trust_checkpoint:
+        trust(args.checkpoint)
+    name = Path(args.config).stem
+    path = args.out or Path('work_dirs', name, name + EXPORTERS[args.to].suffix)
+    sizes = tuple(zip(args.shape[::2], args.shape[1::2], strict=True)) if args.shape else (input_size(cfg),)
+    if None in sizes:
+        sys.exit(f'config {args.config} names no size that it tests at: give --shape')
+    options = Options(args.what, sizes, args.dynamic, args.half, args.logits, args.opset)
+    try:
+        check_options(args.to, path, options)
+        if path.exists() and not args.force:
+            sys.exit(f'{path} is there already: --force replaces it, --out names another file')
+        model = load_model(cfg, args.checkpoint, deploy=True)
+        graph = build_graph(model, args.to, options)
+        info = describe(cfg, args.checkpoint, graph)
+        images = test_images(cfg, REAL_IMAGES)
+        print(export(model, graph, info, args.to, path, options, images, args.rounds))
+    except (CheckpointError, ExportError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == '__main__':
+    main()
