@@ -1,0 +1,55 @@
+"""Predicting with a PyTorch model of MMDetection or MMSegmentation."""
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose
+from mmengine.device import get_device
+from mmengine.registry import DefaultScope
+
+from .load import class_names, fuse_model, load_model, test_dataset
+from .prediction import Detections, LabelMap, Prediction
+
+
+class ModelPredictor:
+    """A :class:`~repvit_mm.deploy.predict.Predictor` that runs a model through its config's own test pipeline.
+
+    Args:
+        cfg: A detector's or a segmentor's config.
+        checkpoint: Path or address of the checkpoint.
+        fuse: Whether to fuse the model for deployment.
+        device: Where it runs; ``None`` for a GPU if there is one.
+
+    Raises:
+        ExportError: if the config's model cannot be built.
+        CheckpointError: if the checkpoint cannot be read, or is not of this config.
+    """
+
+    score_threshold = 0.3
+
+    def __init__(self, cfg: Config, checkpoint: str, fuse: bool = False, device: str | None = None) -> None:
+        model = load_model(cfg, checkpoint)
+        self.model = (fuse_model(model) if fuse else model).to(device or get_device())
+        self.task = 'segmentation' if cfg.default_scope == 'mmseg' else 'detection'
+        self.classes, self.palette = class_names(cfg, checkpoint)
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            self.pipeline = image_pipeline(test_dataset(cfg).pipeline)
+
+    def __call__(self, image: np.ndarray) -> Prediction:
+        data = self.pipeline({'img': image, 'img_id': 0})
+        with torch.no_grad():
+            (sample,) = self.model.test_step({key: [value] for key, value in data.items()})
+        if self.task == 'segmentation':
+            return LabelMap(sample.pred_sem_seg.data[0].cpu().numpy())
+        found = sample.pred_instances.cpu().numpy()
+        return Detections(found.bboxes, found.scores, found.labels, found.get('masks'))
+
+
+def image_pipeline(pipeline: Sequence[dict]) -> Compose:
+    """A test pipeline for an image that is at hand and has no annotations."""
+    steps = [copy.deepcopy(step) for step in pipeline if 'Annotations' not in step['type']]
+    steps[0]['type'] = steps[0]['type'].replace('LoadImageFromFile', 'LoadImageFromNDArray')
+    return Compose(steps)
