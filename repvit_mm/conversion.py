@@ -69,14 +69,14 @@ class Converted:
     Args:
         to: Whose names it has.
         tensors: All tensors by their new names.
-        whole: Whether they are a whole model's; a backbone's or classifier's otherwise.
+        container: Key under which readers of such names look for the tensors; ``None`` if there is none.
         fused: How many blocks were fused.
         set_aside: How many tensors of classification heads were left out.
     """
 
     to: str
     tensors: dict[str, Tensor]
-    whole: bool
+    container: str | None
     fused: int
     set_aside: int
 
@@ -172,7 +172,12 @@ def convert(content: Content, to: str = 'ours', fuse: bool = False) -> Converted
     tensors = {content.prefix + name: tensor for name, tensor in renamed.items()} | content.others
     # Copies hold no larger memory that a tensor was a view of, and no mark of the file that it came from.
     copies = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    return Converted(to, copies, bool(content.prefix), len(blocks), len(content.heads) - len(heads))
+    container = 'state_dict'
+    if to == 'timm':
+        container = None
+    elif to == 'authors' and not content.prefix:
+        container = family.naming.authors_container
+    return Converted(to, copies, container, len(blocks), len(content.heads) - len(heads))
 
 
 def fused(content: Content, blocks: Sequence[str]) -> dict[str, Tensor]:
@@ -203,11 +208,10 @@ def to_pth(converted: Converted, metadata: Mapping[str, Any]) -> bytes:
     """A ``.pth`` file, laid out as readers of its names expect it."""
     if converted.to == 'ours':
         content = {'meta': {}, **metadata, 'state_dict': converted.tensors}
-    elif converted.to == 'timm' and not metadata:
+    elif converted.container is None and not metadata:
         content = converted.tensors
     else:
-        bare = converted.to == 'authors' and not converted.whole
-        content = {**metadata, 'model' if bare else 'state_dict': converted.tensors}
+        content = {**metadata, converted.container or 'state_dict': converted.tensors}
     buffer = io.BytesIO()  # into a file torch would write that file's name
     torch.save(content, buffer)
     return buffer.getvalue()

@@ -28,6 +28,7 @@ class Naming:
         heads: First part of the names of classification heads, the authors' and timm's.
         table: All tensor names of a backbone, in any one convention -> the names of every module that holds tensors. A
             fused block is a module of its own where the others' code fuses it too.
+        authors_container: Key of a classifier's tensors in the authors' files; ``None`` if they lie at the top.
         authors_detection_tap: The tap of the authors' own detectors; their segmentors' is ``stage_end``.
     """
 
@@ -35,6 +36,7 @@ class Naming:
     first: str
     heads: tuple[str, ...]
     table: Callable[[Collection[str]], list[Names]]
+    authors_container: str | None
     authors_detection_tap: str = 'stage_end'
 
     def origin_of(self, names: Iterable[str]) -> str | None:
@@ -170,6 +172,7 @@ REPVIT_NAMES = Naming(
     first=r'features\.0\.0|stem\.conv1',
     heads=('classifier.', 'head.'),
     table=repvit_table,
+    authors_container='model',
     authors_detection_tap='pre_downsample',
 )
 
@@ -264,6 +267,7 @@ FASTVIT_NAMES = Naming(
     first=r'patch_embed\.0|stem\.0|stem\.conv1',
     heads=('conv_exp.', 'final_conv.', 'head.'),
     table=fastvit_table,
+    authors_container='state_dict',
 )
 
 
@@ -307,6 +311,7 @@ MOBILEONE_NAMES = Naming(
     first=r'stage0\.(?:rbr_conv|rbr_scale|reparam_conv)|stem\.(?:conv|conv_kxk|conv_scale|reparam_conv)',
     heads=('linear.', 'head.'),
     table=mobileone_table,
+    authors_container=None,
 )
 
 NAMINGS = (REPVIT_NAMES, FASTVIT_NAMES, MOBILEONE_NAMES)

@@ -40,6 +40,7 @@ class Family:
         heads: Beginnings of the names of the owners' classification heads.
         owners_fuse: What the owners' code does to tensor names as it fuses: where a match ends, a convolution stands.
         owners_leave: Blocks of ours that the owners' code does not fuse.
+        container: Key under which the authors' files hold a classifier's tensors; ``None`` if there is none.
         weights: The address of the ImageNet weights that a variant's configs start from.
         coco_rate: Learning rate of the configs for COCO.
         coco_options: What their backbones have beside the common options.
@@ -54,6 +55,7 @@ class Family:
     timm_goldens: tuple[str, ...]
     heads: tuple[str, ...]
     owners_fuse: tuple[tuple[str, str], ...]
+    container: str | None
     weights: Callable[[str], str]
     coco_rate: float
     owners_leave: tuple[type, ...] = ()
@@ -82,6 +84,7 @@ FAMILIES = [
             (r'(.*token_mixer(?:\.0)?)\.(?:conv1?|bn)\.', r'\1'),  # all branches of a depthwise block
             (r'(.*)\.(?:c|bn)\.', r'\1'),
         ),
+        container='model',
         # 300-epoch weights, but for m2_3 the 450-epoch ones.
         weights=lambda arch: (
             'https://github.com/THU-MIG/RepViT/releases/download/v1.0/'
@@ -107,6 +110,7 @@ FAMILIES = [
             (r'(stages\.3\.pos_emb)\.pos_enc\.', r'\1.reparam_conv'),
         ),
         owners_leave=(ConvBN, NormLinear, LayerScale),  # of attention and ConvFFN
+        container='state_dict',
         weights=lambda arch: (
             'https://docs-assets.developer.apple.com/ml-research/models/fastvit/image_classification_models/'
             f'fastvit_{arch}.pth.tar'
@@ -121,6 +125,7 @@ FAMILIES = [
         timm_goldens=('s0', 's1', 's4'),
         heads=('linear.', 'head.'),
         owners_fuse=((r'(.*)\.(?:rbr_(?:conv|scale|skip)|conv_kxk|conv_scale|identity)\.', r'\1.reparam_conv'),),
+        container=None,
         weights=lambda arch: (
             f'https://docs-assets.developer.apple.com/ml-research/datasets/mobileone/mobileone_{arch}_unfused.pth.tar'
         ),

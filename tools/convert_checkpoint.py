@@ -16,7 +16,9 @@ from repvit_mm.names import WHOSE
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits with one line where its options do not fit together."""
-    parser = argparse.ArgumentParser(description='Look into a RepViT or FastViT checkpoint of any kind, or convert it.')
+    parser = argparse.ArgumentParser(
+        description='Look into the checkpoint of a backbone or of a model with one, or convert it.'
+    )
     parser.add_argument('input', type=os.path.expanduser, metavar='IN', help='.pth or .safetensors file')
     parser.add_argument(
         'output',
