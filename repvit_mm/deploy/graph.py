@@ -313,7 +313,9 @@ def graph_of(model: nn.Module, logits: bool = False, suppress: Suppress = suppre
     if hasattr(model, 'decode_head'):
         return SegmentorGraph(model, preprocess, logits)
     if hasattr(model, 'roi_head'):
-        raise ExportError(f'{type(model).__name__} is a two-stage detector, which cannot be exported as a whole')
+        from .two_stage import TwoStageGraph
+
+        return TwoStageGraph(model, preprocess, suppress)
     return DetectorGraph(model, preprocess, suppress)
 
 

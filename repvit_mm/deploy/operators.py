@@ -238,3 +238,130 @@ class _NonMaxSuppression(torch.autograd.Function):
             torch.zeros(1),  # only what is better than no candidate
         )
         return g.op('NonMaxSuppression', boxes, scores, *(g.op('Constant', value_t=value) for value in constants))
+
+
+def roi_align(
+    features: Tensor,
+    boxes: Tensor,
+    images: Tensor,
+    size: tuple[int, int],
+    scale: float,
+    sampling_ratio: int = 0,
+    aligned: bool = True,
+) -> Tensor:
+    """Features of regions by averaging over bilinear samples (mmcv's ``roi_align``; ONNX's RoiAlign of opset 16).
+
+    Args:
+        features: ``(N, C, H, W)``.
+        boxes: ``(R, 4)`` in pixels of the image.
+        images: ``(R,)`` int64: which of the N each box lies in.
+        size: Height and width of the result.
+        scale: Cells of the map in a pixel of the image.
+        sampling_ratio: Samples along each side of a cell of the result; 0 takes as many as the cell is wide.
+        aligned: Whether a cell's centre lies at half a cell. If not, regions have sides of at least one cell.
+
+    Returns:
+        ``(R, C, *size)``.
+    """
+    return _RoiAlign.apply(features, boxes, images, size, scale, sampling_ratio, aligned)
+
+
+class _RoiAlign(torch.autograd.Function):
+    """mmcv's operator, which in a file becomes ONNX's. Its own rendering shifts boxes that the operator shifts again."""
+
+    @staticmethod
+    def forward(
+        ctx: object,
+        features: Tensor,
+        boxes: Tensor,
+        images: Tensor,
+        size: tuple[int, int],
+        scale: float,
+        sampling_ratio: int,
+        aligned: bool,
+    ) -> Tensor:
+        from mmcv.ops import roi_align
+
+        regions = torch.cat([images[:, None].to(boxes), boxes], dim=1)
+        return roi_align(features, regions, size, scale, sampling_ratio, 'avg', aligned)
+
+    @staticmethod
+    def symbolic(
+        g: object,
+        features: object,
+        boxes: object,
+        images: object,
+        size: tuple[int, int],
+        scale: float,
+        sampling_ratio: int,
+        aligned: bool,
+    ) -> object:
+        # Every attribute is written out: runtimes do not agree on the defaults.
+        return g.op(
+            'RoiAlign',
+            features,
+            boxes,
+            images,
+            coordinate_transformation_mode_s='half_pixel' if aligned else 'output_half_pixel',
+            mode_s='avg',
+            output_height_i=size[0],
+            output_width_i=size[1],
+            sampling_ratio_i=sampling_ratio,
+            spatial_scale_f=scale,
+        )
+
+
+def pyramid_levels(boxes: Tensor, levels: int, finest_scale: float) -> Tensor:
+    """The feature level of each box by the root of its area (MMDetection's ``SingleRoIExtractor.map_roi_levels``).
+
+    Levels are told apart by comparing with powers of two. A logarithm to base 2 is a quotient in ONNX, and its rounding
+    moves boxes that lie on a bound, as one of 448 x 448 pixels does that covers its image.
+
+    Args:
+        boxes: ``(R, 4)``.
+        levels: How many there are.
+        finest_scale: Boxes of twice this side and more leave level 0, of four times level 1, and so on.
+
+    Returns:
+        ``(R,)`` int64, from 0 to ``levels - 1``.
+    """
+    sides = boxes[:, 2:] - boxes[:, :2]
+    scale = (sides[:, 0] * sides[:, 1]).sqrt() / finest_scale + 1e-6
+    return (scale[:, None] >= scale.new_tensor([2.0**level for level in range(1, levels)])).sum(dim=1)
+
+
+def pyramid_roi_align(
+    maps: Sequence[Tensor],
+    boxes: Tensor,
+    images: Tensor,
+    size: tuple[int, int],
+    scales: Sequence[float],
+    finest_scale: float,
+    sampling_ratio: int = 0,
+    aligned: bool = True,
+) -> Tensor:
+    """Features of regions, each from its own level of a feature pyramid (MMDetection's ``SingleRoIExtractor``).
+
+    Args:
+        maps: ``(N, C, H_i, W_i)``, the finest first.
+        boxes: ``(R, 4)`` in pixels of the image.
+        images: ``(R,)`` int64: which of the N each box lies in.
+        size: Height and width of the result.
+        scales: Of each map, its cells in a pixel of the image.
+        finest_scale: See :func:`pyramid_levels`.
+        sampling_ratio: See :func:`roi_align`.
+        aligned: See :func:`roi_align`.
+
+    Returns:
+        ``(R, C, *size)``.
+    """
+    if len(maps) == 1:
+        return roi_align(maps[0], boxes, images, size, scales[0], sampling_ratio, aligned)
+    levels = pyramid_levels(boxes, len(maps), finest_scale)
+    order = [(levels == level).nonzero()[:, 0] for level in range(len(maps))]
+    pooled = [
+        roi_align(features, boxes[index], images[index], size, scale, sampling_ratio, aligned)
+        for features, scale, index in zip(maps, scales, order, strict=True)
+    ]
+    # Level by level, then back into the order of the boxes. A level may have none.
+    return torch.cat(pooled)[torch.cat(order).argsort()]

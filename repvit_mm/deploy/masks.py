@@ -1,0 +1,38 @@
+"""From the masks that a file gives, each over its box, to masks of an image. Needs numpy only."""
+
+import numpy as np
+
+
+def paste_masks(masks: np.ndarray, boxes: np.ndarray, size: tuple[int, int], threshold: float = 0.5) -> np.ndarray:
+    """Stretch each mask over its box by bilinear interpolation, as MMDetection's ``FCNMaskHead`` does.
+
+    One mask is stretched at a time, and only where its box is: besides the result this takes the memory of one box.
+
+    Args:
+        masks: Probabilities ``(K, h, w)``.
+        boxes: ``(K, 4)`` as x1 y1 x2 y2, in pixels of the image.
+        size: The image's height and width in pixels.
+        threshold: The least probability of a pixel that belongs to an object.
+
+    Returns:
+        ``(K, H, W)`` bool.
+    """
+    pasted = np.zeros((len(masks), *size), bool)
+    for image, mask, box in zip(pasted, masks, boxes, strict=True):
+        (top, down), (left, across) = (
+            _weights(box[axis], box[axis + 2], cells, pixels)
+            for axis, cells, pixels in zip((1, 0), mask.shape, size, strict=True)
+        )
+        inside = down @ mask @ across.T >= threshold
+        image[top : top + len(down), left : left + len(across)] = inside
+    return pasted
+
+
+def _weights(low: float, high: float, cells: int, pixels: int) -> tuple[int, np.ndarray]:
+    """How much each cell of a mask counts in each pixel around its box, along one side: first pixel, weights."""
+    first, last = max(int(np.floor(low)) - 1, 0), min(int(np.ceil(high)) + 1, pixels)
+    with np.errstate(divide='ignore', invalid='ignore'):  # a box may have no width
+        position = (np.arange(first, last, dtype=np.float32) + 0.5 - low) / (high - low) * cells - 0.5
+    position = np.where(np.isinf(position), (cells - 1) / 2, position)
+    # The weight of a cell falls from 1 at its centre to 0 at the next one's. Beyond the mask there is nothing.
+    return first, np.maximum(1 - np.abs(position[:, None] - np.arange(cells, dtype=np.float32)), 0)
