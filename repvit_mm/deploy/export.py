@@ -23,7 +23,7 @@ from .metadata import KEY, FileInfo
 from .operators import Suppress, suppress_by_loop, suppress_by_onnx, suppress_by_scan
 from .runtimes import INFO_FILE, RuntimeFileError, open_file
 from .timing import Spread, interleave
-from .verify import TOLERANCES, Difference, compare, framework_outputs
+from .verify import TOLERANCES, Difference, compare, framework_outputs, pasted
 
 OPSET = 17
 """Of ONNX files: one that every current runtime reads, and the first one but one whose RoiAlign is right."""
@@ -327,7 +327,7 @@ def open_exported(path: Path, info: FileInfo) -> Run:
         raise ExportError(str(error)) from error
     if runtime.info != info:
         raise ExportError(f'{path.name} does not keep what it says of itself')
-    return runtime.run
+    return lambda images: pasted(runtime.run(images), images.shape[-2:], info.mask_threshold)
 
 
 @torch.inference_mode()

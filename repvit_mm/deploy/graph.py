@@ -22,6 +22,7 @@ from .operators import (
     non_maximum_suppression,
     smaller,
     suppress_by_loop,
+    suppress_by_onnx,
     take,
 )
 
@@ -123,6 +124,9 @@ class Graph(nn.Module):
 
     limit: int | None = None
     """How many detections of an image there can be."""
+
+    mask_threshold: float = 0.5
+    """The least probability of a pixel that belongs to a mask."""
 
     def __init__(self, model: nn.Module, preprocess: Preprocess) -> None:
         super().__init__()
@@ -315,7 +319,9 @@ def graph_of(model: nn.Module, logits: bool = False, suppress: Suppress = suppre
     if hasattr(model, 'roi_head'):
         from .two_stage import TwoStageGraph
 
-        return TwoStageGraph(model, preprocess, suppress)
+        if suppress is not suppress_by_onnx:
+            raise ExportError(f'{type(model).__name__} has two stages: only onnx and openvino files can hold both')
+        return TwoStageGraph(model, preprocess)
     return DetectorGraph(model, preprocess, suppress)
 
 

@@ -130,6 +130,7 @@ def describe(cfg: Config, checkpoint: str | Path | None, graph: Graph, **fields:
         mean=tuple(preprocess.mean.flatten().tolist()),
         std=tuple(preprocess.std.flatten().tolist()),
         divisor=preprocess.divisor,
+        mask_threshold=graph.mask_threshold,
         config=Path(cfg.filename).name if cfg.filename else '',
         versions=versions(DISTRIBUTIONS),
         **resizing(cfg),

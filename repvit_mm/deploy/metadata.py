@@ -23,7 +23,8 @@ class FileInfo:
 
     * detection: ``boxes`` ``(N, K, 4)`` as x1 y1 x2 y2 in pixels of the input, ``scores`` ``(N, K)`` in falling order,
       ``labels`` ``(N, K)`` as indices of ``classes``, ``count`` ``(N,)``: how many of an image's K are detections. The
-      rest has score 0 and label -1. With masks also ``masks`` ``(N, K, H, W)``.
+      rest has score 0 and label -1. A model that predicts masks has ``masks`` ``(N, K, h, w)`` besides: probabilities,
+      each mask over its box, for :func:`~repvit_mm.deploy.masks.paste_masks`.
     * segmentation: ``labels`` ``(N, H, W)`` or ``logits`` ``(N, C, H, W)``.
     * backbone: ``map0``, ``map1``, ... ``(N, C_i, H_i, W_i)``.
 
@@ -45,6 +46,7 @@ class FileInfo:
             ``None``. Unlike the padding inside, this belongs to the image.
         canvas_value: What it pads with, from 0 to 255.
         score_threshold: Detections below it are better not drawn.
+        mask_threshold: The least probability of a pixel that belongs to a mask.
         precision: What the weights are stored in: ``'float32'``, ``'float16'``, ``'int8'``, ...
         config: Name of the config.
         checkpoint: Name of the checkpoint's file.
@@ -68,6 +70,7 @@ class FileInfo:
     canvas: tuple[int, int] | None = None
     canvas_value: float = 0.0
     score_threshold: float = 0.3
+    mask_threshold: float = 0.5
     precision: str = 'float32'
     config: str = ''
     checkpoint: str = ''

@@ -226,9 +226,15 @@ class _NonMaxSuppression(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: object, boxes: Tensor, scores: Tensor, limit: int, iou_threshold: float) -> Tensor:
-        taken, index = suppress_by_loop(boxes, scores[:, 0], iou_threshold, limit)
-        image, rank = (taken > 0).nonzero(as_tuple=True)
-        return torch.stack([image, torch.zeros_like(image), index[image, rank]], dim=1)
+        from mmcv.ops import nms
+
+        # In one operator of mmcv's: while a network is traced, a loop would become a graph of its length.
+        rows = []
+        for image, (candidates, score) in enumerate(zip(boxes, scores[:, 0], strict=True)):
+            found = score.nonzero()[:, 0]
+            kept = found[nms(candidates[found], score[found], iou_threshold)[1][:limit]]
+            rows.append(torch.stack([torch.full_like(kept, image), torch.zeros_like(kept), kept], dim=1))
+        return torch.cat(rows)
 
     @staticmethod
     def symbolic(g: object, boxes: object, scores: object, limit: int, iou_threshold: float) -> object:
@@ -267,7 +273,7 @@ def roi_align(
 
 
 class _RoiAlign(torch.autograd.Function):
-    """mmcv's operator, which in a file becomes ONNX's. Its own rendering shifts boxes that the operator shifts again."""
+    """mmcv's operator, as ONNX's in a file. mmcv's own rendering shifts boxes that the operator shifts again."""
 
     @staticmethod
     def forward(

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from .graph import ExportError, Graph, Preprocess, _require, _rows
 from .operators import (
     Size,
-    Suppress,
     clip_boxes,
     decode_deltas,
     non_maximum_suppression,
@@ -33,7 +32,6 @@ class TwoStageGraph(Graph):
     Args:
         model: A ``TwoStageDetector`` with a ``StandardRoIHead`` or a ``CascadeRoIHead``.
         preprocess: What is done to images before.
-        suppress: The formulation of non-maximum suppression.
 
     Raises:
         ExportError: if the detector does anything that is not known here.
@@ -41,19 +39,20 @@ class TwoStageGraph(Graph):
 
     task = 'detection'
 
-    def __init__(self, model: nn.Module, preprocess: Preprocess, suppress: Suppress = suppress_by_onnx) -> None:
+    def __init__(self, model: nn.Module, preprocess: Preprocess) -> None:
         super().__init__(model, preprocess)
-        self.suppress = suppress
         _check(model)
         head = model.roi_head
+        self.limit = head.test_cfg.max_per_img
         self.outputs = ('boxes', 'scores', 'labels', 'count') + ('masks',) * head.with_mask
         self.box_stages = list(zip(_stages(head.bbox_roi_extractor), _stages(head.bbox_head), strict=True))
         self.mask_stages = []
         if head.with_mask:
+            self.mask_threshold = head.test_cfg.mask_thr_binary
             self.mask_stages = list(zip(_stages(head.mask_roi_extractor), _stages(head.mask_head), strict=True))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        size = images.shape[-2:]
+        size = self.sides(images)
         maps = self.model.extract_feat(self.network_input(images))
         proposals, found = self.proposals(maps, size)
         maps = [map_.float() for map_ in maps]
@@ -66,7 +65,7 @@ class TwoStageGraph(Graph):
         boxes, scores, labels, *masks = (output[:, : count.max()] for output in outputs)
         return boxes, scores, labels, count, *masks
 
-    def proposals(self, maps: Sequence[Tensor], size: Sequence[Size]) -> tuple[Tensor, Tensor]:
+    def proposals(self, maps: Sequence[Tensor], size: tuple[Size, Size]) -> tuple[Tensor, Tensor]:
         """The region proposal network.
 
         Args:
@@ -79,7 +78,7 @@ class TwoStageGraph(Graph):
         """
         head, cfg = self.model.rpn_head, self.model.rpn_head.test_cfg
         outputs = [[map_.float() for map_ in maps] for maps in head(maps)]
-        anchors = head.prior_generator.grid_priors([map_.shape[-2:] for map_ in outputs[0]], device=maps[0].device)
+        anchors = head.prior_generator.grid_priors([self.sides(map_) for map_ in outputs[0]], device=maps[0].device)
         boxes, scores, levels = [], [], []
         for level, (anchor, classes, deltas) in enumerate(zip(anchors, *outputs, strict=True)):
             score = _rows(classes, head.cls_out_channels)
@@ -101,7 +100,7 @@ class TwoStageGraph(Graph):
         return boxes, scores > 0
 
     def detections(
-        self, maps: Sequence[Tensor], proposals: Tensor, found: Tensor, size: Sequence[Size]
+        self, maps: Sequence[Tensor], proposals: Tensor, found: Tensor, size: tuple[Size, Size]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The second stage, or the stages of a cascade.
 
@@ -186,13 +185,13 @@ class TwoStageGraph(Graph):
         """What non-maximum suppression leaves of candidates ``(N, M)``: as long as the longest list, or one place."""
         agnostic = nms.get('class_agnostic', False)
         boxes, scores, labels = non_maximum_suppression(
-            boxes, scores, labels, nms.iou_threshold, limit, self.suppress, agnostic
+            boxes, scores, labels, nms.iou_threshold, limit, suppress_by_onnx, agnostic
         )
         longest = (scores > 0).sum(dim=1).max().clamp(min=1)
         return boxes[:, :longest], scores[:, :longest], labels[:, :longest]
 
 
-def _decode(coder: object, anchors: Tensor, deltas: Tensor, size: Sequence[Size]) -> Tensor:
+def _decode(coder: object, anchors: Tensor, deltas: Tensor, size: tuple[Size, Size]) -> Tensor:
     """Boxes from anchors and deltas by a ``DeltaXYWHBBoxCoder``, moved into the image if it does so."""
     centre_clip = coder.ctr_clamp if coder.add_ctr_clamp else None
     boxes = decode_deltas(anchors, deltas, coder.means, coder.stds, centre_clip=centre_clip)
@@ -226,7 +225,7 @@ def _check(model: nn.Module) -> None:
 
     _require(model, TwoStageDetector, 'predict', 'extract_feat')
     if not model.with_rpn:
-        raise ExportError(f'{type(model).__name__} has no region proposal network: proposals from outside are not taken')
+        raise ExportError(f'{type(model).__name__} has no region proposal network of its own')
     _require(model.rpn_head, RPNHead, 'predict', 'predict_by_feat', '_predict_by_feat_single', '_bbox_post_process')
     head = model.roi_head
     if isinstance(head, CascadeRoIHead):
@@ -245,6 +244,8 @@ def _check(model: nn.Module) -> None:
         extractors += _stages(head.mask_roi_extractor)
         for mask_head in _stages(head.mask_head):
             _require(mask_head, FCNMaskHead, 'predict_by_feat', '_predict_by_feat_single')
+        if head.test_cfg.mask_thr_binary < 0:
+            raise ExportError('masks without a threshold cannot be exported: set model.test_cfg.rcnn.mask_thr_binary')
     for extractor in extractors:
         _require(extractor, SingleRoIExtractor, 'forward', 'map_roi_levels')
         for layer in extractor.roi_layers:

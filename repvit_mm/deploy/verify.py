@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..compat.mmcv import ties_in_order
+from .masks import paste_masks
 from .metadata import Task
 
 Outputs = Mapping[str, np.ndarray]
@@ -25,6 +27,7 @@ class Tolerance:
         pixels: Share of pixels with another label.
         boxes: Pixels by which a corner's coordinate differs.
         scores: Difference of a score.
+        masks: One minus the IoU of a mask with the framework's, a single pixel aside.
         detections: Share of detections without a counterpart.
     """
 
@@ -32,12 +35,13 @@ class Tolerance:
     pixels: float = 1e-3
     boxes: float = 0.5
     scores: float = 1e-3
+    masks: float = 5e-3
     detections: float = 0.0
 
 
 TOLERANCES = {
     'float32': Tolerance(),
-    'float16': Tolerance(maps=2e-2, pixels=2e-2, boxes=2.0, scores=2e-2, detections=0.05),
+    'float16': Tolerance(maps=2e-2, pixels=2e-2, boxes=2.0, scores=2e-2, masks=0.05, detections=0.05),
 }
 """Precision of a file's weights -> how far it may be off the float32 model."""
 
@@ -83,7 +87,8 @@ def framework_outputs(model: nn.Module, task: Task, images: np.ndarray, logits: 
         if logits:
             return {'logits': np.stack([result.seg_logits.data.numpy() for result in results])}
         return {'labels': np.stack([result.pred_sem_seg.data[0].numpy().astype(np.int64) for result in results])}
-    results = model.predict(data['inputs'], data['data_samples'], rescale=False)
+    with ties_in_order():
+        results = model.predict(data['inputs'], data['data_samples'], rescale=False)
     return _padded([result.pred_instances for result in results])
 
 
@@ -123,7 +128,18 @@ def _padded(results: list) -> dict[str, np.ndarray]:
         outputs['boxes'][index, :count] = result.bboxes.numpy()
         outputs['scores'][index, :count] = result.scores.numpy()
         outputs['labels'][index, :count] = result.labels.numpy()
+    if 'masks' in results[0]:
+        masks = [result.masks.numpy() for result in results]
+        outputs['masks'] = np.stack([np.pad(mask, ((0, most - len(mask)), (0, 0), (0, 0))) for mask in masks])
     return outputs
+
+
+def pasted(outputs: Outputs, size: tuple[int, int], threshold: float) -> Outputs:
+    """A file's outputs, its masks in an image of a size as the framework gives them: ``(N, K, H, W)`` bool."""
+    if 'masks' not in outputs:
+        return outputs
+    images = zip(outputs['masks'], outputs['boxes'], strict=True)
+    return {**outputs, 'masks': np.stack([paste_masks(masks, boxes, size, threshold) for masks, boxes in images])}
 
 
 def compare(
@@ -163,7 +179,7 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
 
 def _compare_detections(expected: Outputs, found: Outputs, tolerance: Tolerance, limit: int | None) -> Difference:
     """Pair the detections of two runs by label, score and place, and measure boxes and scores within the pairs."""
-    pairs, alone, boxes, scores = 0, 0, 0.0, 0.0
+    pairs, alone, boxes, scores, masks = 0, 0, 0.0, 0.0, 0.0
     for index in range(len(expected['scores'])):
         right, actual = _detections(expected, index), _detections(found, index)
         # One whose score lies at the limit, or that competes for the last place, may be on either side of it.
@@ -172,22 +188,32 @@ def _compare_detections(expected: Outputs, found: Outputs, tolerance: Tolerance,
         for a, b in matches.items():
             boxes = max(boxes, float(np.abs(right['boxes'][a] - actual['boxes'][b]).max()))
             scores = max(scores, float(abs(right['scores'][a] - actual['scores'][b])))
+            if 'masks' in right:
+                masks = max(masks, _mask_error(right['masks'][a], actual['masks'][b]))
         pairs += len(matches)
         alone += sum(right['scores'][a] > certain for a in range(len(right['scores'])) if a not in matches)
         taken = set(matches.values())
         alone += sum(actual['scores'][b] > certain for b in range(len(actual['scores'])) if b not in taken)
     share = alone / max(pairs + alone, 1)
     text = f'{pairs} detections differ by at most {boxes:.1e} pixels and {scores:.1e} in score'
+    if 'masks' in expected:
+        text += f', their masks have an IoU of at least {1 - masks:.4f}'
     if alone:
         text += f', {alone} have no counterpart within {tolerance.boxes} pixels and {tolerance.scores} in score'
-    # Pairs lie within the tolerance, or they were none.
-    return Difference(text, share / tolerance.detections if tolerance.detections else (np.inf if alone else 0.0))
+    # The boxes and scores of pairs lie within the tolerance, or they were none.
+    missing = share / tolerance.detections if tolerance.detections else (np.inf if alone else 0.0)
+    return Difference(text, max(missing, masks / tolerance.masks))
+
+
+def _mask_error(right: np.ndarray, actual: np.ndarray) -> float:
+    """One minus the IoU of two masks ``(H, W)``, a single pixel aside, which may lie on the threshold."""
+    return max(int((right ^ actual).sum()) - 1, 0) / max(int((right | actual).sum()), 1)
 
 
 def _detections(outputs: Outputs, index: int) -> dict[str, np.ndarray]:
     """The detections of one image whose score counts."""
     kept = (outputs['scores'][index] > SCORE) & (outputs['labels'][index] >= 0)
-    return {name: outputs[name][index][kept] for name in ('boxes', 'scores', 'labels')}
+    return {name: outputs[name][index][kept] for name in ('boxes', 'scores', 'labels', 'masks') if name in outputs}
 
 
 def _last_place(outputs: Outputs, index: int, limit: int | None) -> float:
