@@ -115,7 +115,7 @@ class TwoStageGraph(Graph):
         """
         count = proposals.shape[0]
         images = _image_of_each(proposals)
-        boxes = proposals.flatten(0, 1)
+        boxes = proposals.reshape(-1, 4)
         logits = []
         for stage, (extractor, head) in enumerate(self.box_stages):
             classes, deltas = self._head(head, extractor, maps, boxes, images)
@@ -150,7 +150,7 @@ class TwoStageGraph(Graph):
         images = _image_of_each(boxes)
         masks = []
         for extractor, head in self.mask_stages:
-            mask = self._head(head, extractor, maps, boxes.flatten(0, 1), images)
+            mask = self._head(head, extractor, maps, boxes.reshape(-1, 4), images)
             if head.class_agnostic:
                 mask = mask[:, 0]
             else:
