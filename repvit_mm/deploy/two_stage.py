@@ -12,9 +12,9 @@ from .operators import (
     decode_deltas,
     non_maximum_suppression,
     pyramid_roi_align,
+    smaller,
     suppress_by_onnx,
     take,
-    top_k,
 )
 
 
@@ -85,7 +85,7 @@ class TwoStageGraph(Graph):
             score = (score.sigmoid() if head.use_sigmoid_cls else score.softmax(dim=-1))[..., 0]
             deltas = _rows(deltas, 4)
             if (most := cfg.get('nms_pre', -1)) > 0:
-                score, index = top_k(score, most)
+                score, index = score.topk(smaller(most, self.fixed(score.shape[1])), dim=1)
                 deltas, anchor = take(deltas, index), anchor[index]
             boxes.append(_decode(head.bbox_coder, anchor, deltas, size))
             scores.append(score)
