@@ -1,20 +1,11 @@
-"""RepViT and FastViT for MMDetection, MMSegmentation and every other library that stands on MMEngine."""
+"""RepViT and FastViT for MMDetection, MMSegmentation and every other library that stands on MMEngine.
 
-from ._versions import check_frameworks
+Importing this package registers the backbones. Without torch and MMEngine it can be imported all the same: exported
+files run with :mod:`repvit_mm.deploy.runtimes` and :mod:`repvit_mm.deploy.predict`, and asking for what needs the two
+raises an ImportError that says so.
+"""
 
-check_frameworks()
-
-from mmengine.config.utils import MODULE2PACKAGE  # noqa: E402
-
-from .fastvit import FastViT  # noqa: E402
-from .hooks import FuseOnDeployHook  # noqa: E402
-from .reparam import switch_to_deploy  # noqa: E402
-from .repvit import RepViT  # noqa: E402
-from .resume import ResumableCheckpointHook, ResumableIterBasedTrainLoop  # noqa: E402
-
-# MMEngine finds `_base_ = 'repvit_mm::...'` by this table. It looks a distribution up where an editable install has no
-# files; the name of a module leads it to the package itself.
-MODULE2PACKAGE.setdefault('repvit_mm', 'repvit_mm.repvit')
+from ._versions import check_frameworks, missing_frameworks
 
 __version__ = '0.1.0'
 __all__ = [
@@ -25,3 +16,31 @@ __all__ = [
     'ResumableIterBasedTrainLoop',
     'switch_to_deploy',
 ]
+
+_missing = missing_frameworks()
+
+if not _missing:
+    check_frameworks()
+
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    from .fastvit import FastViT
+    from .hooks import FuseOnDeployHook
+    from .reparam import switch_to_deploy
+    from .repvit import RepViT
+    from .resume import ResumableCheckpointHook, ResumableIterBasedTrainLoop
+
+    # MMEngine finds `_base_ = 'repvit_mm::...'` by this table. It looks a distribution up where an editable install has
+    # no files; the name of a module leads it to the package itself.
+    MODULE2PACKAGE.setdefault('repvit_mm', 'repvit_mm.repvit')
+
+
+def __getattr__(name: str) -> object:
+    """Called for what is not there (PEP 562)."""
+    if _missing and name in __all__:
+        wanted = ' '.join(f"'{requirement}'" for requirement in _missing)
+        raise ImportError(
+            f'repvit_mm.{name} needs what is not installed here: pip install {wanted}; '
+            'running exported files needs neither, see repvit_mm.deploy.runtimes and tools/predict.py'
+        )
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -2,6 +2,7 @@
 
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 
 # Module -> (names it is distributed under, first version that will do, first that will not).
 FRAMEWORKS = {
@@ -12,6 +13,15 @@ FRAMEWORKS = {
     'mmdet': (('mmdet', 'onedl-mmdetection'), '3.0.0', '4.0.0'),
     'mmseg': (('mmsegmentation', 'onedl-mmsegmentation'), '1.0.0', '2.0.0'),
 }
+
+NEEDED = ('torch', 'mmengine')
+"""Without these an exported file can be run, and nothing else."""
+
+
+def missing_frameworks() -> list[str]:
+    """Those of :data:`NEEDED` that are not installed, with the versions wanted, as pip takes them."""
+    missing = [module for module in NEEDED if find_spec(module) is None]
+    return [f'{module}>={first},<{beyond}' for module in missing for _, first, beyond in [FRAMEWORKS[module]]]
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -40,15 +50,11 @@ def check_frameworks() -> None:
     """Check that the OpenMMLab libraries on this machine are of the MMEngine era.
 
     Raises:
-        ImportError: if MMEngine is missing or a library is of another era, with the versions wanted.
+        ImportError: if a library is of another era, with the versions wanted.
     """
     for module, (distributions, first, beyond) in FRAMEWORKS.items():
         version = installed_version(module, distributions)
-        if version is None:
-            if module == 'mmengine':
-                raise ImportError(f'repvit_mm needs {module}>={first},<{beyond}: pip install {module}')
-            continue
-        if not _release(first) <= _release(version) < _release(beyond):
+        if version is not None and not _release(first) <= _release(version) < _release(beyond):
             raise ImportError(
                 f'repvit_mm needs {module}>={first},<{beyond} but finds {module} {version}: install a matching version'
             )

@@ -1,0 +1,221 @@
+"""From an image to a file's input, and from its outputs to what is seen in the image. Needs numpy and OpenCV only.
+
+Sizes are (height, width) in pixels; images are ``(H, W, 3)`` uint8 in OpenCV's order of channels, BGR.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+
+from .metadata import FileInfo
+from .runtimes import Runtime
+
+if TYPE_CHECKING:
+    from supervision import CompactMask
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a detector sees in an image.
+
+    Args:
+        boxes: ``(K, 4)`` float32, x1 y1 x2 y2 in the image's pixels.
+        scores: ``(K,)`` float32, in falling order.
+        labels: ``(K,)`` int, indices of the class names.
+        masks: ``(K, H, W)`` bool of the image's size, dense or compact; ``None`` if the detector predicts none.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    masks: 'np.ndarray | CompactMask | None' = None
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def above(self, score: float) -> 'Detections':
+        """Those whose score is at least ``score``."""
+        kept = np.flatnonzero(self.scores >= score)
+        masks = None if self.masks is None else self.masks[kept]
+        return Detections(self.boxes[kept], self.scores[kept], self.labels[kept], masks)
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """What a segmentor sees in an image: ``labels`` ``(H, W)`` int, an index of the class names for each pixel."""
+
+    labels: np.ndarray
+
+
+Prediction = Detections | LabelMap
+
+
+@dataclass(frozen=True)
+class FittedImage:
+    """An image as a file takes it.
+
+    Args:
+        pixels: ``(3, H, W)`` float32, RGB, values from 0 to 255.
+        original: Size of the image.
+        content: Size of what was made of it in ``pixels``; what lies beyond, right and below, is padding.
+    """
+
+    pixels: np.ndarray
+    original: tuple[int, int]
+    content: tuple[int, int]
+
+
+def fit_image(image: np.ndarray, info: FileInfo) -> FittedImage:
+    """Make an image ready for a file.
+
+    It is resized as the config's test pipeline resizes it, by the same function of OpenCV. A file of fixed size bounds
+    that further, and the rest of its input is filled with the mean colour, which normalization turns into zeros. If it
+    takes several sizes, the one is chosen in which the image comes out largest.
+
+    Args:
+        image: ``(H, W, 3)`` uint8, BGR.
+        info: What the file says of itself.
+    """
+    original = image.shape[:2]
+    if not info.sizes:
+        resized = resize(image, content_size(original, info), info)
+        return FittedImage(to_input(resized), original, resized.shape[:2])
+    contents = [content_size(original, info, size) for size in info.sizes]
+    # Of equals max takes the first, which is the default.
+    content, size = max(zip(contents, info.sizes, strict=True), key=lambda pair: pair[0][0] * pair[0][1])
+    resized = resize(image, content, info, size)
+    return pad(FittedImage(to_input(resized), original, resized.shape[:2]), size, info)
+
+
+def content_size(original: tuple[int, int], info: FileInfo, bound: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Size that an image is resized to: the rule of mmcv's ``Resize``, within ``bound`` if there is one."""
+    if info.scale and not info.keep_ratio:
+        return bound or info.scale[::-1]
+    long, short = max(original), min(original)
+    factor = min(max(info.scale) / long, min(info.scale) / short) if info.scale else 1.0
+    if not bound:
+        return tuple(max(int(side * factor + 0.5), 1) for side in original)
+    factor = min(factor, *(limit / side for limit, side in zip(bound, original, strict=True)))
+    return tuple(min(max(int(side * factor + 0.5), 1), limit) for side, limit in zip(original, bound, strict=True))
+
+
+def resize(
+    image: np.ndarray, size: tuple[int, int], info: FileInfo, bound: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Resize an image, then each side up to a multiple of ``info.scale_divisor``: twice, as the pipeline does."""
+    image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+    divisor = info.scale_divisor
+    if divisor > 1:
+        size = tuple(-(-side // divisor) * divisor for side in size)
+        size = tuple(map(min, size, bound)) if bound else size
+        image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+    return image
+
+
+def to_input(image: np.ndarray) -> np.ndarray:
+    """``(H, W, 3)`` uint8 BGR as ``(3, H, W)`` float32 RGB."""
+    return np.ascontiguousarray(image[..., ::-1].transpose(2, 0, 1), np.float32)
+
+
+def pad(fitted: FittedImage, size: tuple[int, int], info: FileInfo) -> FittedImage:
+    """Fill an image's right and bottom up to ``size`` with the mean colour."""
+    height, width = fitted.pixels.shape[1:]
+    pixels = np.empty((3, *size), np.float32)
+    pixels[:] = np.asarray(info.mean, np.float32)[:, None, None]
+    pixels[:, :height, :width] = fitted.pixels
+    return replace(fitted, pixels=pixels)
+
+
+def predict(runtime: Runtime, fitted: FittedImage) -> Prediction:
+    """Run a file on one image.
+
+    Returns:
+        What it sees, in the pixels of the original image.
+
+    Raises:
+        RuntimeFileError: if the file does not take the image, or fails.
+    """
+    # A file for several images at once gets the same one several times.
+    images = np.repeat(fitted.pixels[None], runtime.info.batch or 1, axis=0)
+    outputs = {name: array[0] for name, array in runtime.run(images).items()}
+    return label_map(outputs, fitted) if runtime.info.task == 'segmentation' else detections(outputs, fitted)
+
+
+def detections(outputs: Mapping[str, np.ndarray], fitted: FittedImage) -> Detections:
+    """A detector's outputs for one image in the pixels of the original."""
+    count = int(outputs['count'])
+    boxes, scores, labels = (outputs[name][:count] for name in ('boxes', 'scores', 'labels'))
+    height, width = fitted.content
+    # What begins in the padding is nothing in the image.
+    kept = (boxes[:, 0] < width) & (boxes[:, 1] < height)
+    edges = np.array([width, height, width, height], np.float32)
+    scale = np.array(fitted.original[::-1] * 2, np.float32) / edges
+    boxes = boxes[kept].clip(0, edges) * scale
+    masks = outputs.get('masks')
+    if masks is not None:
+        masks = masks_in_image(masks[:count][kept], boxes, fitted)
+    return Detections(boxes, scores[kept], labels[kept], masks)
+
+
+def masks_in_image(masks: np.ndarray, boxes: np.ndarray, fitted: FittedImage) -> np.ndarray:
+    """A detector's masks in the original image, ``(K, H, W)`` bool.
+
+    Args:
+        masks: ``(K, H, W)`` of the size of the file's input, or of any other size if each covers its box alone.
+        boxes: ``(K, 4)`` in the original image's pixels.
+        fitted: The image.
+    """
+    if masks.shape[1:] != fitted.pixels.shape[1:]:
+        return paste_masks(masks, boxes, fitted.original)
+    height, width = fitted.content
+    masks = masks[:, :height, :width]
+    if fitted.content != fitted.original:
+        masks = [cv2.resize(np.asarray(mask, np.float32), fitted.original[::-1]) for mask in masks]
+    return np.asarray(masks).reshape(-1, *fitted.original) >= 0.5
+
+
+def paste_masks(masks: np.ndarray, boxes: np.ndarray, size: tuple[int, int], threshold: float = 0.5) -> np.ndarray:
+    """Stretch each mask over its box by bilinear interpolation, zero outside, as MMDetection's mask heads do.
+
+    Args:
+        masks: ``(K, h, w)``, probabilities.
+        boxes: ``(K, 4)``, x1 y1 x2 y2 in pixels of the image.
+        size: Size of the image.
+        threshold: What a pixel's probability has to reach.
+
+    Returns:
+        ``(K, H, W)`` bool.
+    """
+    pasted = np.zeros((len(masks), *size), bool)
+    for mask, box, image in zip(masks, boxes, pasted, strict=True):
+        weights = []
+        for low, high, cells, pixels in zip(box[1::-1], box[:1:-1], mask.shape, size, strict=True):
+            # Where each pixel's centre lies, counted in cells of the mask; a cell's weight falls to 0 at the next one.
+            position = (np.arange(pixels) + 0.5 - low) / max(high - low, 1e-6) * cells - 0.5
+            near = np.flatnonzero((position > -1) & (position < cells))
+            weights.append((near, np.maximum(1 - np.abs(position[near, None] - np.arange(cells)), 0)))
+        (rows, down), (columns, across) = weights
+        image[np.ix_(rows, columns)] = down @ mask @ across.T >= threshold
+    return pasted
+
+
+def label_map(outputs: Mapping[str, np.ndarray], fitted: FittedImage) -> LabelMap:
+    """A segmentor's outputs for one image at the size of the original.
+
+    Logits are interpolated before their largest is taken, as MMSegmentation does. Labels can only be repeated.
+    """
+    height, width = fitted.content
+    size = fitted.original[::-1]
+    if 'labels' in outputs:
+        labels = np.asarray(outputs['labels'][:height, :width], np.int32)
+        return LabelMap(cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST_EXACT))
+    # One class at a time: all of them at the size of a large image would fill the memory.
+    labels, best = np.zeros(fitted.original, np.int32), np.full(fitted.original, -np.inf, np.float32)
+    for label, logits in enumerate(outputs['logits'][:, :height, :width]):
+        logits = cv2.resize(np.asarray(logits, np.float32), size, interpolation=cv2.INTER_LINEAR)
+        better = logits > best
+        labels[better], best[better] = label, logits[better]
+    return LabelMap(labels)
