@@ -71,8 +71,8 @@ class Painter:
         annotator = sv.RichLabelAnnotator(
             self.colors,
             text_color=self.text_colors,
-            font_size=max(12, round(min(picture.shape[:2]) / 42)),
-            text_padding=max(2, round(min(picture.shape[:2]) / 240)),
+            font_size=max(12, round(min(picture.shape[:2]) / 36)),
+            text_padding=max(3, round(min(picture.shape[:2]) / 160)),
             text_position=position,
             smart_position=True,
         )

@@ -4,7 +4,7 @@ Sizes are (height, width) in pixels; images are ``(H, W, 3)`` uint8 in OpenCV's 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import cv2
@@ -61,11 +61,13 @@ class FittedImage:
         pixels: ``(3, H, W)`` float32, RGB, values from 0 to 255.
         original: Size of the image.
         content: Size of what was made of it in ``pixels``; what lies beyond, right and below, is padding.
+        scale: By how much it became wider and higher: pixels of the input in one of the image.
     """
 
     pixels: np.ndarray
     original: tuple[int, int]
     content: tuple[int, int]
+    scale: tuple[float, float]
 
 
 def fit_image(image: np.ndarray, info: FileInfo) -> FittedImage:
@@ -80,14 +82,13 @@ def fit_image(image: np.ndarray, info: FileInfo) -> FittedImage:
         info: What the file says of itself.
     """
     original = image.shape[:2]
-    if not info.sizes:
-        resized = resize(image, content_size(original, info), info)
-        return FittedImage(to_input(resized), original, resized.shape[:2])
-    contents = [content_size(original, info, size) for size in info.sizes]
     # Of equals max takes the first, which is the default.
-    content, size = max(zip(contents, info.sizes, strict=True), key=lambda pair: pair[0][0] * pair[0][1])
-    resized = resize(image, content, info, size)
-    return pad(FittedImage(to_input(resized), original, resized.shape[:2]), size, info)
+    bound = max(info.sizes, key=lambda size: np.prod(content_size(original, info, size)), default=None)
+    resized = resize(image, content_size(original, info, bound), info, bound)
+    content = resized.shape[:2]
+    pixels = to_input(resized)
+    scale = (content[1] / original[1], content[0] / original[0])
+    return FittedImage(pad(pixels, bound, info) if bound else pixels, original, content, scale)
 
 
 def content_size(original: tuple[int, int], info: FileInfo, bound: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -120,13 +121,13 @@ def to_input(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image[..., ::-1].transpose(2, 0, 1), np.float32)
 
 
-def pad(fitted: FittedImage, size: tuple[int, int], info: FileInfo) -> FittedImage:
-    """Fill an image's right and bottom up to ``size`` with the mean colour."""
-    height, width = fitted.pixels.shape[1:]
-    pixels = np.empty((3, *size), np.float32)
-    pixels[:] = np.asarray(info.mean, np.float32)[:, None, None]
-    pixels[:, :height, :width] = fitted.pixels
-    return replace(fitted, pixels=pixels)
+def pad(pixels: np.ndarray, size: tuple[int, int], info: FileInfo) -> np.ndarray:
+    """Fill the right and the bottom of ``(3, H, W)`` up to ``size`` with the mean colour."""
+    height, width = pixels.shape[1:]
+    padded = np.empty((3, *size), np.float32)
+    padded[:] = np.asarray(info.mean, np.float32)[:, None, None]
+    padded[:, :height, :width] = pixels
+    return padded
 
 
 def predict(runtime: Runtime, fitted: FittedImage) -> Prediction:
@@ -152,8 +153,7 @@ def detections(outputs: Mapping[str, np.ndarray], fitted: FittedImage) -> Detect
     # What begins in the padding is nothing in the image.
     kept = (boxes[:, 0] < width) & (boxes[:, 1] < height)
     edges = np.array([width, height, width, height], np.float32)
-    scale = np.array(fitted.original[::-1] * 2, np.float32) / edges
-    boxes = boxes[kept].clip(0, edges) * scale
+    boxes = boxes[kept].clip(0, edges) / np.array(fitted.scale * 2, np.float32)
     masks = outputs.get('masks')
     if masks is not None:
         masks = masks_in_image(masks[:count][kept], boxes, fitted)
@@ -171,10 +171,10 @@ def masks_in_image(masks: np.ndarray, boxes: np.ndarray, fitted: FittedImage) ->
     if masks.shape[1:] != fitted.pixels.shape[1:]:
         return paste_masks(masks, boxes, fitted.original)
     height, width = fitted.content
-    masks = masks[:, :height, :width]
-    if fitted.content != fitted.original:
-        masks = [cv2.resize(np.asarray(mask, np.float32), fitted.original[::-1]) for mask in masks]
-    return np.asarray(masks).reshape(-1, *fitted.original) >= 0.5
+    pasted = np.zeros((len(masks), *fitted.original), bool)
+    for mask, image in zip(masks[:, :height, :width], pasted, strict=True):
+        image[:] = cv2.resize(np.asarray(mask, np.float32), fitted.original[::-1]) >= 0.5
+    return pasted
 
 
 def paste_masks(masks: np.ndarray, boxes: np.ndarray, size: tuple[int, int], threshold: float = 0.5) -> np.ndarray:

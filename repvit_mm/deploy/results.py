@@ -218,28 +218,25 @@ class H264Writer:
         self.path = path
         self.rate = Fraction(rate).limit_denominator(1001)
         self._part = path.with_name(f'.{path.name}.part')
-        self._stream: av.VideoStream | None = None
+        self._file: av.container.OutputContainer | None = None
 
     def __enter__(self) -> 'H264Writer':
-        self._file = av.open(str(self._part), 'w', format='mp4')
         return self
 
     def write(self, frame: np.ndarray) -> None:
         """Add a frame, ``(H, W, 3)`` uint8, BGR; all are of one size."""
         height, width = (side - side % 2 for side in frame.shape[:2])  # colours are stored for pairs of pixels
-        if self._stream is None:
+        if self._file is None:
+            self._file = av.open(str(self._part), 'w', format='mp4')
             self._stream = self._file.add_stream('libx264', self.rate, width=width, height=height, pix_fmt='yuv420p')
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), 'bgr24')
         self._file.mux(self._stream.encode(frame))
 
     def __exit__(self, *_: object) -> None:
-        if self._stream is not None:
+        if self._file is not None:
             self._file.mux(self._stream.encode(None))
-        self._file.close()
-        if self._stream is not None:
+            self._file.close()
             os.replace(self._part, self.path)
-        else:
-            self._part.unlink()
 
 
 def coco_annotations(found: Detections) -> Iterator[dict]:

@@ -1,10 +1,11 @@
 """Predicting with a PyTorch model of MMDetection or MMSegmentation."""
 
 import copy
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.dataset import Compose
 from mmengine.device import get_device
 from mmengine.model import revert_sync_batchnorm
@@ -28,13 +29,9 @@ class ModelPredictor:
     def __init__(self, model: nn.Module, cfg: Config) -> None:
         self.model = model
         self.task = 'segmentation' if cfg.default_scope == 'mmseg' else 'detection'
-        dataset = test_dataset(cfg)
+        self.classes, self.palette = classes_of(cfg)
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
-            self.pipeline = image_pipeline(dataset.pipeline)
-            metainfo = DATASETS.build(dict(dataset, lazy_init=True)).metainfo
-        self.classes = metainfo['classes']
-        palette = metainfo.get('palette') or ()
-        self.palette = [palette] if palette and isinstance(palette[0], int) else palette  # mmdet's way for one class
+            self.pipeline = image_pipeline(next(test_datasets(cfg)).pipeline)
 
     def __call__(self, image: np.ndarray) -> Prediction:
         data = self.pipeline({'img': image, 'img_id': 0})
@@ -46,15 +43,28 @@ class ModelPredictor:
         return Detections(found.bboxes, found.scores, found.labels, found.get('masks'))
 
 
-def test_dataset(cfg: Config) -> dict:
-    """A config's test data set, inside wrappers such as ``ConcatDataset`` the first."""
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset or 'datasets' in dataset:
-        dataset = dataset.dataset if 'dataset' in dataset else dataset.datasets[0]
-    return dataset
+def test_datasets(cfg: Config) -> Iterator[ConfigDict]:
+    """A config's test data sets, without wrappers such as ``ConcatDataset``."""
+    waiting = [cfg.test_dataloader.dataset]
+    while waiting:
+        dataset = waiting.pop(0)
+        inner = dataset.get('datasets') or [dataset[key] for key in ('dataset',) if key in dataset]
+        waiting += inner
+        if not inner:
+            yield dataset
 
 
-def image_pipeline(pipeline: list[dict]) -> Compose:
+def classes_of(cfg: Config) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
+    """Class names of a config's test data set, and their colours, if it has any. The data need not be there."""
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        metainfo = DATASETS.build(dict(next(test_datasets(cfg)), lazy_init=True)).metainfo
+    palette = metainfo.get('palette') or ()
+    if palette and isinstance(palette[0], int):  # MMDetection's way to write a single one
+        palette = [palette]
+    return tuple(metainfo['classes']), tuple(map(tuple, palette))
+
+
+def image_pipeline(pipeline: Sequence[dict]) -> Compose:
     """A test pipeline for an image that is at hand and has no annotations."""
     steps = [copy.deepcopy(step) for step in pipeline if 'Annotations' not in step['type']]
     steps[0]['type'] = steps[0]['type'].replace('LoadImageFromFile', 'LoadImageFromNDArray')
