@@ -44,7 +44,7 @@ def test_name_and_score_stand_above_the_box():
     label = plain[155:178, 202:280]
     assert (label == bgr(PALETTE[1])).all(2).mean() > 0.4  # its background
     ink = painter.text_colors.by_idx(1)
-    assert (label == ink.as_bgr()).all(2).mean() > 0.05
+    assert (np.abs(label - np.array(ink.as_bgr())).max(2) < 60).mean() > 0.05
     other = Painter(['x', 'another'], PALETTE)(GREY, one_detection())
     assert not np.array_equal(other[155:178], plain[155:178])
 
