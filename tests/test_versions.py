@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from repvit_mm._versions import FRAMEWORKS, _release, check_frameworks
+import repvit_mm
+from repvit_mm._versions import FRAMEWORKS, _release, check_frameworks, missing_frameworks
 
 GOOD = {'mmengine': '0.10.7', 'mmcv': '2.1.0', 'mmdet': '3.3.0', 'mmsegmentation': '1.2.2'}
 
@@ -100,10 +101,12 @@ def test_imported_module_decides(install, monkeypatch):
     check_frameworks()
 
 
-def test_missing_mmengine_is_named(install):
-    install({name: version for name, version in GOOD.items() if name != 'mmengine'})
-    with pytest.raises(ImportError, match=r'needs mmengine>=0\.8\.0,<1\.0\.0: pip install mmengine'):
-        check_frameworks()
+def test_frameworks_that_are_missing_are_named(monkeypatch):
+    assert missing_frameworks() == []
+    monkeypatch.setitem(sys.modules, 'mmengine', None)
+    assert missing_frameworks() == ['mmengine>=0.8.0,<1.0.0']
+    monkeypatch.setitem(sys.modules, 'torch', None)
+    assert missing_frameworks() == ['torch>=2.6.0,<3.0.0', 'mmengine>=0.8.0,<1.0.0']
 
 
 FAKE_METADATA = """
@@ -127,7 +130,6 @@ for name, version in {0!r}.items():
     [
         (FAKE_METADATA, {'mmengine': '0.10.7', 'mmcv-full': '1.7.2'}, 'needs mmcv>=2.0.0,<3.0.0 but finds mmcv 1.7.2'),
         (FAKE_METADATA, {**GOOD, 'mmdet': '2.28.2'}, 'needs mmdet>=3.0.0,<4.0.0 but finds mmdet 2.28.2'),
-        (FAKE_METADATA, {}, 'needs mmengine>=0.8.0,<1.0.0: pip install mmengine'),
         (FAKE_MODULES, {'mmcv': '1.7.0'}, 'needs mmcv>=2.0.0,<3.0.0 but finds mmcv 1.7.0'),
         (FAKE_MODULES, {'mmdet': '2.28.0'}, 'needs mmdet>=3.0.0,<4.0.0 but finds mmdet 2.28.0'),
     ],
@@ -137,3 +139,34 @@ def test_import_ends_with_one_line(fake, versions, message):
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith(f'ImportError: repvit_mm {message}')
+
+
+WITHOUT = """
+import sys
+for module in {0!r}:
+    sys.modules[module] = None
+import repvit_mm
+import repvit_mm.deploy.predict, repvit_mm.deploy.results, repvit_mm.deploy.runtimes
+print(repvit_mm.__version__)
+from repvit_mm import {1}
+"""
+
+
+@pytest.mark.parametrize('name', ['RepViT', 'switch_to_deploy'])
+@pytest.mark.parametrize('missing', [['torch'], ['mmengine'], ['torch', 'torchvision', 'mmengine', 'mmcv']], ids=str)
+def test_package_without_frameworks_says_what_is_missing(missing, name):
+    """It is imported, and what exported files need with it; only what needs a framework asks for it, in one line."""
+    code = WITHOUT.format(missing, name)
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and done.stdout.startswith(repvit_mm.__version__)
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith(f'ImportError: repvit_mm.{name} needs what is not installed here: pip install ')
+    assert 'exported files' in message
+    for framework in ('torch', 'mmengine'):
+        assert (f"'{framework}>=" in message) == (framework in missing)
+
+
+def test_package_without_frameworks_has_no_other_names():
+    code = "import sys; sys.modules['mmengine'] = None; import repvit_mm; print(hasattr(repvit_mm, 'RepVit'))"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout == 'False\n'
