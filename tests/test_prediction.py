@@ -34,6 +34,8 @@ def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
 def pipeline_of(info: FileInfo) -> Compose:
     """The steps between loading and packing of the test pipeline that a file's description speaks of."""
     steps = [dict(type='Resize', scale=info.scale, keep_ratio=info.keep_ratio)]
+    if info.canvas:
+        steps.append(dict(type='Pad', size=info.canvas, pad_val=dict(img=(info.canvas_value,) * 3)))
     if info.scale_divisor > 1:
         steps.append(dict(type='ResizeToMultiple', size_divisor=info.scale_divisor))
     with DefaultScope.overwrite_default_scope('mmseg' if info.task == 'segmentation' else 'mmdet'):
@@ -42,12 +44,15 @@ def pipeline_of(info: FileInfo) -> Compose:
 
 DETECTOR = FileInfo('detection', ('boxes', 'scores', 'labels', 'count'), scale=(1333, 800), keep_ratio=True)
 SEGMENTOR = FileInfo('segmentation', ('labels',), scale=(2048, 512), keep_ratio=True, scale_divisor=32)
+ON_CANVAS = FileInfo(
+    'detection', DETECTOR.outputs, scale=(320, 320), keep_ratio=True, canvas=(320, 256), canvas_value=114.0
+)
 STRETCHED = FileInfo('detection', ('boxes', 'scores', 'labels', 'count'), scale=(320, 200))
 
 
 @settings(deadline=None, max_examples=25)
 @given(
-    st.sampled_from([DETECTOR, SEGMENTOR, STRETCHED]),
+    st.sampled_from([DETECTOR, SEGMENTOR, ON_CANVAS, STRETCHED]),
     st.integers(1, 700),
     st.integers(1, 700),
 )
@@ -87,6 +92,15 @@ def test_file_of_fixed_size_gets_the_image_whole(info, shape):
     assert padding.size > 0 or fitted.content == size
     assert np.array_equal(padding, np.broadcast_to(np.float32([[1.5], [20], [255]]), padding.shape))
     assert fitted.scale == (width / shape[1], height / shape[0])
+
+
+def test_file_of_the_canvas_s_size_gets_what_the_pipeline_makes():
+    info = FileInfo(**{**ON_CANVAS.__dict__, 'sizes': ((256, 320),)})
+    image = random_image(120, 300)
+    expected = pipeline_of(info)({'img': image, 'img_shape': image.shape[:2]})
+    fitted = fit_image(image, info)
+    assert np.array_equal(fitted.pixels, expected['img'][..., ::-1].transpose(2, 0, 1))
+    assert fitted.content == expected['img_shape'] and fitted.scale == pytest.approx(expected['scale_factor'])
 
 
 def test_image_that_fits_a_fixed_size_is_what_the_pipeline_makes():

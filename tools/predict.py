@@ -56,7 +56,7 @@ def parse_args() -> argparse.Namespace:
     files = parser.add_argument_group('with an exported file')
     files.add_argument('--threads', type=int, help="threads to compute in (default: the runtime's choice)")
     models = parser.add_argument_group('with a config and a checkpoint')
-    models.add_argument('--fuse', action='store_true', help='fuse the backbone for deployment first')
+    models.add_argument('--fuse', action='store_true', help='fuse the model for deployment first')
     models.add_argument('--device', help='cpu, cuda:0, ... (default: a GPU if there is one)')
     models.add_argument(
         '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override settings of the config'
@@ -101,23 +101,23 @@ def open_model(args: argparse.Namespace) -> tuple[Predictor, list[str]]:
     if not inputs:
         sys.exit(f'nothing to predict on: expected CONFIG CHECKPOINT INPUT, got {args.model} {checkpoint}')
     try:
-        from repvit_mm import switch_to_deploy
-    except ImportError as error:
+        from repvit_mm import RepViT  # noqa: F401
+    except ImportError as error:  # it says what is missing
         sys.exit(str(error))
     from _launch import check_checkpoint, read_config, trust
 
     from repvit_mm.checkpoint import CheckpointError
-    from repvit_mm.deploy.torch_predictor import ModelPredictor, load_model
+    from repvit_mm.deploy.graph import ExportError
+    from repvit_mm.deploy.torch_predictor import ModelPredictor
 
     cfg = read_config(Path(args.model), args.cfg_options or {})
     if args.trust_checkpoint:
         trust(checkpoint)
     check_checkpoint(checkpoint)
     try:
-        model = load_model(cfg, checkpoint, args.device)
-    except CheckpointError as error:
+        return ModelPredictor(cfg, checkpoint, args.fuse, args.device), inputs
+    except (CheckpointError, ExportError) as error:
         sys.exit(str(error))
-    return ModelPredictor(switch_to_deploy(model) if args.fuse else model, cfg), inputs
 
 
 def run(predictor: Predictor, sources: list[Source], args: argparse.Namespace) -> list[str]:

@@ -1,6 +1,6 @@
 """An exported file in the place of a config's network: same data set, same metric, same table."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS, TRANSFORMS
 from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from torch import Tensor
 
+from .load import class_names
 from .metadata import FileInfo
 from .prediction import FittedImage, LabelMap, fit_image, predict
 from .runtimes import open_file
-from .torch_predictor import classes_of, test_datasets
 
 TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation'}
 """Default scope of a config -> the task of a file that may stand in for its network."""
@@ -101,7 +101,7 @@ def put_file(cfg: Config, path: str) -> str:
 
     A file of any size gets the images as the config's pipeline makes them. A file of fixed size gets them resized to
     fit it, within the config's own scale and with their aspect ratio if the config keeps it, and padded at the right
-    and the bottom with the mean colour.
+    and the bottom: with what the config's ``Pad`` fills in if it has one, or else with the mean colour.
 
     Args:
         cfg: A detector's or a segmentor's config, which changes.
@@ -122,11 +122,11 @@ def put_file(cfg: Config, path: str) -> str:
     if not info.sizes:
         return f"{path} takes images of any size: as the config's pipeline makes them"
     fit = dict(type='FitToFile', info=replace(info, classes=(), palette=(), versions={}).to_dict())
-    for dataset in test_datasets(cfg):
+    for dataset in plain_datasets(cfg.test_dataloader.dataset):
         load, *steps = (step for step in dataset.pipeline if bare_type(step) not in GEOMETRY)
         dataset.pipeline = [load, fit, *steps]
     sizes = ' or '.join(f'{height}x{width}' for height, width in info.sizes)
-    return f'{path} takes images of {sizes} pixels: resized to fit, the rest filled with the mean colour'
+    return f'{path} takes images of {sizes} pixels: resized to fit, and padded'
 
 
 def check(info: FileInfo, cfg: Config, path: str) -> None:
@@ -134,7 +134,7 @@ def check(info: FileInfo, cfg: Config, path: str) -> None:
     task = TASKS[cfg.default_scope]
     if info.task != task:
         raise MismatchError(f'{path} is a file for {info.task}, the config is for {task}')
-    classes, _ = classes_of(cfg)
+    classes, _ = class_names(cfg, None)
     if info.classes != classes:
         pairs = zip_longest(info.classes, classes, fillvalue='nothing')
         theirs, ours = next(pair for pair in pairs if pair[0] != pair[1])
@@ -145,6 +145,15 @@ def check(info: FileInfo, cfg: Config, path: str) -> None:
     evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
     if 'masks' not in info.outputs and any('segm' in (evaluator.get('metric') or ()) for evaluator in evaluators):
         raise MismatchError(f'{path} predicts boxes only and the config evaluates masks: take --eval bbox')
+
+
+def plain_datasets(dataset: ConfigDict) -> Iterator[ConfigDict]:
+    """The data sets inside wrappers such as ``ConcatDataset``."""
+    inner = dataset.get('datasets') or [dataset[key] for key in ('dataset',) if key in dataset]
+    for each in inner:
+        yield from plain_datasets(each)
+    if not inner:
+        yield dataset
 
 
 def bare_type(node: dict[str, Any]) -> str:

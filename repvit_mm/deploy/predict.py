@@ -62,9 +62,9 @@ class FilePredictor:
 class SlicedPredictor:
     """Predicts on overlapping slices of an image and on the whole of it, for large images with small objects.
 
-    Of detections of one class, the lower score goes where more than half of the smaller one is shared. (Merging them, as
-    SAHI does, joins loose boxes to tight ones: on mosaics of the shapes it took 15 points of box AP away.) In label
-    maps each pixel is of the slice in whose middle it lies most.
+    Of two detections of one class that share more than half of the smaller one, the surer stays. (Merging them, as SAHI
+    does by default, joins loose boxes to tight ones: on mosaics of the shapes it gave a box AP of 25 in place of 40.)
+    In a label map each pixel is of the slice in whose middle it lies most.
 
     Args:
         predictor: What predicts on a slice.

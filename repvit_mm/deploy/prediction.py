@@ -60,7 +60,8 @@ class FittedImage:
     Args:
         pixels: ``(3, H, W)`` float32, RGB, values from 0 to 255.
         original: Size of the image.
-        content: Size of what was made of it in ``pixels``; what lies beyond, right and below, is padding.
+        content: Size of what boxes may reach over in ``pixels``. It is what was made of the image, or the config's
+            canvas, which belongs to it. What lies beyond, right and below, is padding.
         scale: By how much it became wider and higher: pixels of the input in one of the image.
     """
 
@@ -73,9 +74,10 @@ class FittedImage:
 def fit_image(image: np.ndarray, info: FileInfo) -> FittedImage:
     """Make an image ready for a file.
 
-    It is resized as the config's test pipeline resizes it, by the same function of OpenCV. A file of fixed size bounds
-    that further, and the rest of its input is filled with the mean colour, which normalization turns into zeros. If it
-    takes several sizes, the one is chosen in which the image comes out largest.
+    It is resized as the config's test pipeline resizes it, by the same function of OpenCV, and padded to the config's
+    canvas if it has one. A file of fixed size bounds the resizing further, and its input is filled up: with the
+    canvas's value, or else with the mean colour, which normalization turns into zeros. If it takes several sizes, the
+    one is chosen in which the image comes out largest.
 
     Args:
         image: ``(H, W, 3)`` uint8, BGR.
@@ -85,10 +87,12 @@ def fit_image(image: np.ndarray, info: FileInfo) -> FittedImage:
     # Of equals max takes the first, which is the default.
     bound = max(info.sizes, key=lambda size: np.prod(content_size(original, info, size)), default=None)
     resized = resize(image, content_size(original, info, bound), info, bound)
-    content = resized.shape[:2]
-    pixels = to_input(resized)
-    scale = (content[1] / original[1], content[0] / original[0])
-    return FittedImage(pad(pixels, bound, info) if bound else pixels, original, content, scale)
+    height, width = content = resized.shape[:2]
+    scale = (width / original[1], height / original[0])
+    if info.canvas:
+        content = tuple(map(max, content, info.canvas[::-1]))
+        content = tuple(map(min, content, bound)) if bound else content
+    return FittedImage(pad(to_input(resized), bound or content, info), original, content, scale)
 
 
 def content_size(original: tuple[int, int], info: FileInfo, bound: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -122,10 +126,10 @@ def to_input(image: np.ndarray) -> np.ndarray:
 
 
 def pad(pixels: np.ndarray, size: tuple[int, int], info: FileInfo) -> np.ndarray:
-    """Fill the right and the bottom of ``(3, H, W)`` up to ``size`` with the mean colour."""
+    """Fill up ``(3, H, W)`` to ``size``, at the right and the bottom."""
     height, width = pixels.shape[1:]
     padded = np.empty((3, *size), np.float32)
-    padded[:] = np.asarray(info.mean, np.float32)[:, None, None]
+    padded[:] = info.canvas_value if info.canvas else np.asarray(info.mean, np.float32)[:, None, None]
     padded[:, :height, :width] = pixels
     return padded
 
@@ -170,7 +174,7 @@ def masks_in_image(masks: np.ndarray, boxes: np.ndarray, fitted: FittedImage) ->
     """
     if masks.shape[1:] != fitted.pixels.shape[1:]:
         return paste_masks(masks, boxes, fitted.original)
-    height, width = fitted.content
+    width, height = (round(side * scale) for side, scale in zip(fitted.original[::-1], fitted.scale, strict=True))
     pasted = np.zeros((len(masks), *fitted.original), bool)
     for mask, image in zip(masks[:, :height, :width], pasted, strict=True):
         image[:] = cv2.resize(np.asarray(mask, np.float32), fitted.original[::-1]) >= 0.5
