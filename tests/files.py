@@ -11,7 +11,7 @@ from repvit_mm.deploy.metadata import KEY, FileInfo
 RED_DETECTOR = """
 <ir_version: 9, opset_import: ["": 18]>
 red_detector (float[{batch}, 3, {height}, {width}] images) => ({outputs})
-<float bright = {{200}}, int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] y = {{2}}, int64[1] x = {{3}},
+<float bright = {{127}}, int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] y = {{2}}, int64[1] x = {{3}},
  int64[3] image = {{1, 2, 3}}, float[1, 2] best = {{0.75, 0}}, int64[1, 2] class = {{1, -1}}>
 {{
     red = Slice(images, zero, one, one)
@@ -53,9 +53,9 @@ def red_detector(path: Path, masks: bool = False, **fields: Any) -> Path:
 
     Its output has room for two detections, of which the second is filling. ``fields`` are those of ``FileInfo``.
     """
-    kinds = {'boxes': 'float', 'scores': 'float', 'labels': 'int64', 'count': 'int64'}
+    kinds = {'boxes': 'float[B, 2, 4]', 'scores': 'float[B, 2]', 'labels': 'int64[B, 2]', 'count': 'int64[B]'}
     if masks:
-        kinds['masks'] = 'float'
+        kinds['masks'] = 'float[B, 2, Y, X]'
     info = FileInfo(
         'detection', tuple(kinds), **{'classes': ('green', 'red'), 'palette': ((0, 200, 0), (200, 0, 0)), **fields}
     )
@@ -67,14 +67,14 @@ def strongest_channel(path: Path, logits: bool = False, **fields: Any) -> Path:
     colors = {'classes': ('red', 'green', 'blue'), 'palette': ((200, 0, 0), (0, 200, 0), (0, 0, 200))}
     info = FileInfo('segmentation', ('logits' if logits else 'labels',), **{**colors, **fields})
     if logits:
-        return save(path, STRONGEST_CHANNEL, info, {'logits': 'float'}, result='logits = Identity(images)')
+        return save(path, STRONGEST_CHANNEL, info, {'logits': 'float[B, 3, Y, X]'}, result='logits = Identity(images)')
     result = 'labels = ArgMax<axis = 1, keepdims = 0>(images)'
-    return save(path, STRONGEST_CHANNEL, info, {'labels': 'int64'}, result=result)
+    return save(path, STRONGEST_CHANNEL, info, {'labels': 'int64[B, Y, X]'}, result=result)
 
 
 def save(path: Path, text: str, info: FileInfo, kinds: dict[str, str], **parts: str) -> Path:
     """Write a model of ONNX's text format as a file with its description."""
-    height, width = info.size or ('H', 'W')
+    height, width = info.sizes[0] if len(info.sizes) == 1 else ('H', 'W')
     outputs = ', '.join(f'{kind} {name}' for name, kind in kinds.items())
     model = parser.parse_model(
         text.format(batch=info.batch or 'N', height=height, width=width, outputs=outputs, **parts)

@@ -1,4 +1,4 @@
-"""Test a detector or a segmentor: python tools/test.py CONFIG CHECKPOINT --eval METRIC."""
+"""Test a detector or a segmentor: python tools/test.py CONFIG CHECKPOINT --eval METRIC. Takes exported files too."""
 
 import argparse
 import copy
@@ -19,7 +19,9 @@ from _launch import (
 from mmengine.config import Config, ConfigDict
 
 from repvit_mm.checkpoint import CheckpointError
+from repvit_mm.deploy.evaluate import MismatchError, put_file
 from repvit_mm.deploy.load import check_heads
+from repvit_mm.deploy.runtimes import RuntimeFileError, is_exported
 from repvit_mm.hooks import FusionError
 
 METRICS = {
@@ -33,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description='Test a detector or a segmentor.')
     parser.add_argument('config', help='config file, e.g. configs/seg/fpn_repvit_m1_1_ade20k_40k.py')
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('checkpoint', help='checkpoint file, or a file of tools/export.py to test in its own runtime')
     parser.add_argument(
         '--eval',
         nargs='+',
@@ -134,12 +136,15 @@ def flipped(pipeline: list[dict]) -> list[dict]:
 
 def apply_options(cfg: Config, args: argparse.Namespace) -> None:
     """Put the command line into the config; exits with one line where the two do not fit."""
-    if args.trust_checkpoint:
-        trust(args.checkpoint)
-    check_checkpoint(args.checkpoint)
-    cfg.load_from = args.checkpoint
     if args.eval:
         choose_metrics(cfg, args.eval)
+    if is_exported(args.checkpoint):
+        take_file(cfg, args)
+    else:
+        if args.trust_checkpoint:
+            trust(args.checkpoint)
+        check_checkpoint(args.checkpoint)
+        cfg.load_from = args.checkpoint
     if args.out:
         save_predictions(cfg, args.out)
     if args.show_dir:
@@ -150,6 +155,19 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='FuseOnDeployHook')]
 
 
+def take_file(cfg: Config, args: argparse.Namespace) -> None:
+    """Put an exported file into the config; exits with one line where the two do not fit."""
+    for option in ('fuse', 'tta'):
+        if getattr(args, option):
+            sys.exit(f'--{option} is for a checkpoint: {args.checkpoint} is an exported file')
+    if args.launcher != 'none':
+        sys.exit(f'--launcher {args.launcher} is for a checkpoint: an exported file is tested in one process')
+    try:
+        print(put_file(cfg, args.checkpoint))
+    except (RuntimeFileError, MismatchError) as error:
+        sys.exit(str(error))
+
+
 def main() -> None:
     """Test."""
     args = parse_args()
@@ -158,9 +176,10 @@ def main() -> None:
     check_data(cfg, 'test')
     runner = build_runner(cfg, 'test_loop')
     try:
-        check_heads(runner.model, args.checkpoint)
+        if cfg.load_from:
+            check_heads(runner.model, args.checkpoint)
         runner.test()
-    except (CheckpointError, FusionError) as error:
+    except (CheckpointError, FusionError, RuntimeFileError) as error:
         sys.exit(str(error))
 
 

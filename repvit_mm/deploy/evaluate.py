@@ -117,6 +117,7 @@ def put_file(cfg: Config, path: str) -> str:
     info = open_file(path).info
     check(info, cfg, path)
     cfg.model = dict(type='ExportedModel', file=str(path))
+    cfg.pop('data_preprocessor', None)  # MMSegmentation's configs have one beside the model, which MMEngine hands over
     cfg.load_from = None
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if bare_type(hook) not in OF_THE_NETWORK]
     if not info.sizes:

@@ -7,6 +7,7 @@ Importing this module needs numpy only. A file needs its own runtime's library: 
 """
 
 import importlib
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -220,6 +221,15 @@ def open_file(path: str | Path, threads: int | None = None) -> Runtime:
     if not path.is_file():
         raise RuntimeFileError(f'{path} not found')
     return RUNTIMES[path.suffix](path, threads)
+
+
+def is_exported(path: str | Path) -> bool:
+    """Whether a path names an exported file and not a checkpoint. A ``.pt`` file may be either; one holds programs."""
+    path = Path(path)
+    if path.suffix == '.pt' and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return any('/code/' in name for name in archive.namelist())
+    return path.suffix in RUNTIMES and path.suffix != '.pt'
 
 
 def import_library(name: str, path: Path) -> ModuleType:
