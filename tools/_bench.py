@@ -224,7 +224,7 @@ def draw_variants(path: Path, title: str, rows: Sequence[Mapping[str, Any]], top
     panels = [('parameters of the fused backbone, M', {n: count / 1e6 for n, count in fused_parameters.items()})]
     if known := {name: top1[name] for name in fused_parameters if name in top1}:
         kinds = {name.partition(':')[0]: 'distilled' if best.distilled else 'plain' for name, best in known.items()}
-        label = f'published ImageNet top-1, % ({", ".join(map(" ".join, kinds.items()))})'
+        label = f'published ImageNet top-1, %\n({", ".join(map(" ".join, kinds.items()))})'
         panels.append((label, {name: best.distilled or best.plain for name, best in known.items()}))
     figure, axes = new_figure(f'{title}, batch {batch}', len(panels))
     routes = list(dict.fromkeys(row['route'] for row in rows))
