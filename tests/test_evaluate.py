@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from files import red_detector, strongest_channel
 from mmengine.config import Config
 from mmengine.dataset import Compose
@@ -16,6 +17,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 from repvit_mm.deploy.evaluate import ExportedModel, MismatchError, put_file
+from repvit_mm.deploy.load import class_names
 from repvit_mm.deploy.prediction import fit_image, predict
 from repvit_mm.deploy.runtimes import RuntimeFileError
 
@@ -201,6 +203,23 @@ def test_file_that_cannot_stand_in_is_refused(data, tmp_path, case):
 def test_file_that_is_none_is_refused(data, tmp_path):
     with pytest.raises(RuntimeFileError, match='not found'):
         put_file(config(DETECTION, data, tmp_path), str(tmp_path / 'absent.onnx'))
+
+
+def test_classes_are_the_checkpoint_s_or_else_the_config_s(tmp_path):
+    """The data need not be there."""
+    coco = Config.fromfile(ROOT / 'configs/det/mask_rcnn_repvit_m1_1_fpn_1x_coco.py')
+    classes, palette = class_names(coco, None)
+    assert len(classes) == len(palette) == 80 and classes[0] == 'person' and palette[0] == (220, 20, 60)
+    path = tmp_path / 'checkpoint.pth'
+    for meta, expected in [
+        ({}, (classes, palette)),
+        ({'dataset_meta': {'classes': ['cat'], 'palette': [(1, 2, 3)]}}, (('cat',), ((1, 2, 3),))),
+        ({'dataset_meta': {'classes': ['cat'], 'palette': (1, 2, 3)}}, (('cat',), ((1, 2, 3),))),
+        ({'CLASSES': ('cat', 'dog')}, (('cat', 'dog'), ())),
+        ({'CLASSES': classes}, (classes, palette)),
+    ]:
+        torch.save({'state_dict': {}, 'meta': meta}, path)
+        assert class_names(coco, path) == expected
 
 
 @pytest.fixture(scope='module')

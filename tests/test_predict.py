@@ -1,5 +1,6 @@
 """Predicting: slices, the loop over inputs, the tool as a user runs it, and all of it where there is no torch."""
 
+import ast
 import importlib
 import json
 import os
@@ -283,3 +284,49 @@ def test_file_without_torch_gives_the_same_pictures(tmp_path, inputs, bare_pytho
         assert np.array_equal(here, there)
     here, there = ((tmp_path / out / 'predictions.json').read_text() for out in ('here', 'there'))
     assert here == there
+
+
+EXAMPLE = ROOT / 'examples/predict_onnx.py'
+
+
+def test_example_is_short_and_imports_little():
+    text = EXAMPLE.read_text()
+    assert text.count('\n') < 60
+    imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {getattr(node, 'module', None) or node.names[0].name for node in imports}
+    assert names == {'json', 'sys', 'numpy', 'onnxruntime', 'PIL'}
+
+
+FITS = {
+    'any size': {},
+    'resized': {'scale': (160, 120), 'keep_ratio': True},
+    'stretched': {'scale': (160, 160)},
+    'padded': {'scale': (160, 120), 'keep_ratio': True, 'sizes': ((200, 170),)},
+    'halved': {'sizes': ((30, 40),)},
+    'on a canvas': {'scale': (160, 120), 'keep_ratio': True, 'canvas': (200, 200), 'sizes': ((200, 200),)},
+}
+
+
+def run_example(python: str | Path, *arguments: Path) -> np.ndarray:
+    done = subprocess.run([python, EXAMPLE, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return np.array(Image.open(arguments[-1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fields', FITS.values(), ids=FITS)
+def test_example_draws_what_a_file_sees(tmp_path, bare_python, fields):
+    image = picture((10, 20, 40, 50))
+    Image.fromarray(image[..., ::-1]).save(tmp_path / 'photo.png')
+    files = tmp_path / 'file.onnx', tmp_path / 'photo.png', tmp_path / 'picture.png'
+    red_detector(files[0], masks=True, palette=((0, 200, 0), (0, 0, 200)), **fields)
+    drawn = run_example(bare_python, *files)
+    assert drawn.shape == image.shape
+    touched = np.argwhere((drawn != image[..., ::-1]).any(2))
+    assert np.abs(touched.min(0) - (20, 10)).max() <= 2 and touched.max(0)[1] >= 38
+    assert abs(int(drawn[40, 30, 0]) - 127) <= 2 and abs(int(drawn[40, 30, 2]) - 100) <= 2  # the mask, half opaque
+    assert drawn[40, 10].tolist() == [0, 0, 200]  # the box
+
+    strongest_channel(files[0], palette=((0, 0, 200), (0, 200, 0), (200, 0, 0)), **fields)
+    drawn = run_example(bare_python, *files)
+    assert np.abs(drawn[25:45, 15:35].astype(int) - (127, 0, 100)).max() <= 1

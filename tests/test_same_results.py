@@ -14,7 +14,7 @@ from repvit_mm.datasets.shapes import write_shapes
 from repvit_mm.deploy.evaluate import put_file
 from repvit_mm.deploy.export import Options, build_graph, export
 from repvit_mm.deploy.load import describe, fuse_model, load_model
-from repvit_mm.deploy.picture import Painter
+from repvit_mm.deploy.picture import Painter, enlarge
 from repvit_mm.deploy.predict import FilePredictor
 from repvit_mm.deploy.prediction import LabelMap
 from repvit_mm.deploy.results import coco_annotations
@@ -61,10 +61,10 @@ def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
     return (255 * (noise - noise.min()) / np.ptp(noise)).astype(np.uint8)
 
 
-def assert_same(found, expected, name: str) -> None:
+def assert_same(found, expected) -> None:
     if isinstance(expected, LabelMap):
         assert len(np.unique(expected.labels)) > 1, 'there is nothing to compare'
-        assert (found.labels == expected.labels).mean() > 0.999, name
+        assert (found.labels == expected.labels).mean() > 0.999
         return
     found, expected = found.above(SURE), expected.above(SURE)
     assert len(found) == len(expected) > 0
@@ -77,7 +77,9 @@ def assert_same(found, expected, name: str) -> None:
 @pytest.mark.parametrize('fixed', [False, True], ids=['any size', 'fixed size'])
 def test_file_shows_what_pytorch_shows(trained, tmp_path, fixed):
     size = (192, 192) if 'Pad' in str(trained[0].test_dataloader.dataset.pipeline) else (128, 192)
-    path = exported(trained, tmp_path, **({'sizes': (size,)} if fixed else {'dynamic': True}))
+    # Labels, unlike logits, cannot be interpolated: where an image was resized, they differ along edges.
+    logits = trained[0].default_scope == 'mmseg'
+    path = exported(trained, tmp_path, logits=logits, **({'sizes': (size,)} if fixed else {'dynamic': True}))
     ours, theirs = FilePredictor(path, threads=1), ModelPredictor(*trained, device='cpu')
     assert (ours.task, tuple(ours.classes)) == (theirs.task, tuple(theirs.classes))
     assert [tuple(color) for color in ours.palette] == [tuple(color) for color in theirs.palette]
@@ -86,20 +88,20 @@ def test_file_shows_what_pytorch_shows(trained, tmp_path, fixed):
     for number, shape in enumerate(shapes):
         image = photo(*shape, number)
         found, expected = ours(image), theirs(image)
-        assert_same(found, expected, f'{shape}')
+        assert_same(found, expected)
         if not isinstance(found, LabelMap):
             found, expected = found.above(SURE), expected.above(SURE)
         painter = Painter(ours.classes, ours.palette)
         drawn, wanted = painter(image, found).astype(int), painter(image, expected).astype(int)
         assert (np.abs(drawn - wanted).max(2) > 16).mean() < 0.002
-        assert (np.abs(wanted - painter(image, expected if isinstance(expected, LabelMap) else expected.above(2))).max(2) > 16).mean() > 0.002 or isinstance(expected, LabelMap)
+        assert (np.abs(wanted - enlarge(image)).max(2) > 16).mean() > 0.01  # there is something to compare
 
 
 @pytest.mark.slow
 def test_fused_model_shows_what_the_unfused_one_shows(trained):
     fused, unfused = (ModelPredictor(*trained, fuse=fuse, device='cpu') for fuse in (True, False))
     image = photo(100, 150)
-    assert_same(fused(image), unfused(image), 'fused')
+    assert_same(fused(image), unfused(image))
 
 
 @pytest.mark.slow

@@ -128,13 +128,18 @@ def class_names(cfg: Config, checkpoint: str | Path | None) -> tuple[tuple[str, 
         meta = content.get('meta') if isinstance(content, Mapping) else None
         meta = meta if isinstance(meta, Mapping) else {}
     # MMEngine's words, and those of the 2.x era.
-    found = meta.get('dataset_meta') or {'classes': meta.get('CLASSES'), 'palette': meta.get('PALETTE')}
-    if not found.get('classes'):
-        dataset = test_dataset(cfg)
-        declared = getattr(DATASETS.get(dataset.get('type', '')), 'METAINFO', {})
-        found = {**declared, **(dataset.get('metainfo') or {})}
+    found = dict(meta.get('dataset_meta') or {'classes': meta.get('CLASSES'), 'palette': meta.get('PALETTE')})
+    if not (found.get('classes') and found.get('palette')) and (dataset := test_dataset(cfg)):
+        init_default_scope(cfg.get('default_scope', 'mmengine'))
+        declared = DATASETS.build(dict(dataset, lazy_init=True)).metainfo  # the data need not be there
+        if not found.get('classes'):
+            found['classes'] = declared.get('classes')
+        if len(declared.get('classes') or ()) == len(found['classes'] or ()):
+            found['palette'] = found.get('palette') or declared.get('palette')
     classes, palette = found.get('classes') or (), found.get('palette')
     colours = palette if isinstance(palette, Sequence) and not isinstance(palette, str) else ()
+    if colours and isinstance(colours[0], int):  # MMDetection's way to write a single one
+        colours = [colours]
     return tuple(classes), tuple(tuple(int(value) for value in colour) for colour in colours)
 
 
