@@ -37,12 +37,13 @@ def draw_boxes(image: Image.Image, outputs: dict, info: dict, x: float, y: float
     draw = ImageDraw.Draw(image)
     for index in range(int(outputs['count'][0])):
         box, score, label = (outputs[name][0, index] for name in ('boxes', 'scores', 'labels'))
+        left, top, right, bottom = (round(float(edge)) for edge in box / [x, y, x, y])
         color = tuple(info['palette'][label])
         if score >= info['score_threshold']:
-            if 'masks' in outputs:
-                mask = outputs['masks'][0, index, : round(image.height * y), : round(image.width * x)] >= 0.5
-                image.paste(color, mask=Image.fromarray(np.uint8(mask) * 128).resize(image.size))
-            left, top, right, bottom = map(float, box / [x, y, x, y])
+            if 'masks' in outputs:  # each over its box
+                mask = Image.fromarray(outputs['masks'][0, index]).resize((max(right - left, 1), max(bottom - top, 1)))
+                opacity = np.uint8(np.array(mask) >= info['mask_threshold']) * 128
+                image.paste(color, (left, top), Image.fromarray(opacity))
             draw.rectangle((left, top, right, bottom), outline=color, width=2)
             text = f'{info["classes"][label]} {score:.2f}'
             draw.text((left + 3, top + 2), text, 'white', stroke_width=1, stroke_fill=0)

@@ -39,6 +39,14 @@ red_detector (float[{batch}, 3, {height}, {width}] images) => ({outputs})
 }}
 """
 
+FULL_MASKS = """
+    sides = Constant<value = int64[2] {7, 7}>()
+    score_shape = Shape(scores)
+    mask_shape = Concat<axis = 0>(score_shape, sides)
+    masks = ConstantOfShape<value = float[1] {1}>(mask_shape)
+"""
+"""Each box is filled."""
+
 STRONGEST_CHANNEL = """
 <ir_version: 9, opset_import: ["": 18]>
 strongest_channel (float[{batch}, 3, {height}, {width}] images) => ({outputs})
@@ -55,11 +63,11 @@ def red_detector(path: Path, masks: bool = False, **fields: Any) -> Path:
     """
     kinds = {'boxes': 'float[B, 2, 4]', 'scores': 'float[B, 2]', 'labels': 'int64[B, 2]', 'count': 'int64[B]'}
     if masks:
-        kinds['masks'] = 'float[B, 2, Y, X]'
+        kinds['masks'] = 'float[B, 2, 7, 7]'
     info = FileInfo(
         'detection', tuple(kinds), **{'classes': ('green', 'red'), 'palette': ((0, 200, 0), (200, 0, 0)), **fields}
     )
-    return save(path, RED_DETECTOR, info, kinds, masks='masks = Concat<axis = 1>(mask, mask)' if masks else '')
+    return save(path, RED_DETECTOR, info, kinds, masks=FULL_MASKS if masks else '')
 
 
 def strongest_channel(path: Path, logits: bool = False, **fields: Any) -> Path:

@@ -104,9 +104,9 @@ def open_model(args: argparse.Namespace) -> tuple[Predictor, list[str]]:
         from repvit_mm import RepViT  # noqa: F401
     except ImportError as error:  # it says what is missing
         sys.exit(str(error))
-    from _launch import check_checkpoint, read_config, trust
+    from _launch import check_checkpoint, read_config
 
-    from repvit_mm.checkpoint import CheckpointError
+    from repvit_mm.checkpoint import CheckpointError, trust
     from repvit_mm.deploy.graph import ExportError
     from repvit_mm.deploy.torch_predictor import ModelPredictor
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
+from .masks import paste_masks
 from .metadata import FileInfo
 from .runtimes import Runtime
 
@@ -146,10 +147,12 @@ def predict(runtime: Runtime, fitted: FittedImage) -> Prediction:
     # A file for several images at once gets the same one several times.
     images = np.repeat(fitted.pixels[None], runtime.info.batch or 1, axis=0)
     outputs = {name: array[0] for name, array in runtime.run(images).items()}
-    return label_map(outputs, fitted) if runtime.info.task == 'segmentation' else detections(outputs, fitted)
+    if runtime.info.task == 'segmentation':
+        return label_map(outputs, fitted)
+    return detections(outputs, fitted, runtime.info.mask_threshold)
 
 
-def detections(outputs: Mapping[str, np.ndarray], fitted: FittedImage) -> Detections:
+def detections(outputs: Mapping[str, np.ndarray], fitted: FittedImage, mask_threshold: float = 0.5) -> Detections:
     """A detector's outputs for one image in the pixels of the original."""
     count = int(outputs['count'])
     boxes, scores, labels = (outputs[name][:count] for name in ('boxes', 'scores', 'labels'))
@@ -160,50 +163,8 @@ def detections(outputs: Mapping[str, np.ndarray], fitted: FittedImage) -> Detect
     boxes = boxes[kept].clip(0, edges) / np.array(fitted.scale * 2, np.float32)
     masks = outputs.get('masks')
     if masks is not None:
-        masks = masks_in_image(masks[:count][kept], boxes, fitted)
+        masks = paste_masks(masks[:count][kept], boxes, fitted.original, mask_threshold)
     return Detections(boxes, scores[kept], labels[kept], masks)
-
-
-def masks_in_image(masks: np.ndarray, boxes: np.ndarray, fitted: FittedImage) -> np.ndarray:
-    """A detector's masks in the original image, ``(K, H, W)`` bool.
-
-    Args:
-        masks: ``(K, H, W)`` of the size of the file's input, or of any other size if each covers its box alone.
-        boxes: ``(K, 4)`` in the original image's pixels.
-        fitted: The image.
-    """
-    if masks.shape[1:] != fitted.pixels.shape[1:]:
-        return paste_masks(masks, boxes, fitted.original)
-    width, height = (round(side * scale) for side, scale in zip(fitted.original[::-1], fitted.scale, strict=True))
-    pasted = np.zeros((len(masks), *fitted.original), bool)
-    for mask, image in zip(masks[:, :height, :width], pasted, strict=True):
-        image[:] = cv2.resize(np.asarray(mask, np.float32), fitted.original[::-1]) >= 0.5
-    return pasted
-
-
-def paste_masks(masks: np.ndarray, boxes: np.ndarray, size: tuple[int, int], threshold: float = 0.5) -> np.ndarray:
-    """Stretch each mask over its box by bilinear interpolation, zero outside, as MMDetection's mask heads do.
-
-    Args:
-        masks: ``(K, h, w)``, probabilities.
-        boxes: ``(K, 4)``, x1 y1 x2 y2 in pixels of the image.
-        size: Size of the image.
-        threshold: What a pixel's probability has to reach.
-
-    Returns:
-        ``(K, H, W)`` bool.
-    """
-    pasted = np.zeros((len(masks), *size), bool)
-    for mask, box, image in zip(masks, boxes, pasted, strict=True):
-        weights = []
-        for low, high, cells, pixels in zip(box[1::-1], box[:1:-1], mask.shape, size, strict=True):
-            # Where each pixel's centre lies, counted in cells of the mask; a cell's weight falls to 0 at the next one.
-            position = (np.arange(pixels) + 0.5 - low) / max(high - low, 1e-6) * cells - 0.5
-            near = np.flatnonzero((position > -1) & (position < cells))
-            weights.append((near, np.maximum(1 - np.abs(position[near, None] - np.arange(cells)), 0)))
-        (rows, down), (columns, across) = weights
-        image[np.ix_(rows, columns)] = down @ mask @ across.T >= threshold
-    return pasted
 
 
 def label_map(outputs: Mapping[str, np.ndarray], fitted: FittedImage) -> LabelMap:
