@@ -606,7 +606,8 @@ def test_killed_training_of_a_real_model(tmp_path, config):
 
     def launch(folder: str, *arguments: str, **environment: str) -> int:
         command = [sys.executable, TOOLS / 'train.py', 'config.py', '--seed', '1', '--work-dir', folder, *arguments]
-        environment = {**os.environ, 'PYTHONPATH': str(tmp_path), 'OMP_NUM_THREADS': '1', **environment}
+        path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get('PYTHONPATH'))))
+        environment = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', **environment}
         return subprocess.run(command, cwd=tmp_path, env=environment).returncode
 
     def result(folder: str) -> dict:
