@@ -114,8 +114,10 @@ def test_targets(target, name, tmp_path):
     task = 'segmentation' if name == 'semantic_fpn' else 'detection'
     for dynamic in (False, True)[: 2 if EXPORTERS[target].dynamic else 1]:
         folder = tmp_path / str(dynamic)
-        model, path, _ = make(target, name, folder, family='fastvit', dynamic=dynamic)
-        assert_is_the_model(path, model, task, (1, *SIZE), (2, *SIZE), *([(1, 101, 75)] if dynamic else []))
+        # Of any size, but so large that RetinaNet's last map has more than one place: torch.export asks for that.
+        size = (160, 192) if dynamic else SIZE
+        model, path, _ = make(target, name, folder, family='fastvit', dynamic=dynamic, sizes=(size,))
+        assert_is_the_model(path, model, task, (1, *size), (2, *size), *([(1, 201, 175)] if dynamic else []))
 
 
 @pytest.mark.slow
@@ -123,10 +125,11 @@ def test_targets(target, name, tmp_path):
 def test_half_precision(target, tmp_path):
     sizes = {}
     for half in (False, True):
-        _, path, _ = make(target, 'semantic_fpn', tmp_path / str(half), half=half)
-        sizes[half] = sum(file.stat().st_size for file in path.parent.glob(f'{path.stem}.*') if file.suffix != '.xml')
+        model, path, _ = make(target, 'semantic_fpn', tmp_path / str(half), half=half)
+        sizes[half] = sum(file.stat().st_size for file in path.parent.glob(f'{path.stem}.*'))
         assert open_file(path).info.precision == ('float16' if half else 'float32')
-    assert sizes[True] < 0.75 * sizes[False]
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert sizes[False] - sizes[True] > 1.6 * weights  # of 2 bytes each
 
 
 @pytest.mark.slow

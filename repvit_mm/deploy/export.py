@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -177,7 +178,11 @@ def exported_program(graph: Graph, images: Tensor, options: Options) -> torch.ex
     """A graph as ``torch.export`` gives it."""
     any_size = torch.export.Dim.AUTO
     shapes = ({0: any_size, 2: any_size, 3: any_size},) if options.dynamic else None
-    return torch.export.export(graph, (images,), dynamic_shapes=shapes)
+    # What torch remembers of an earlier loop of other sizes would decide which sizes are free in this one.
+    torch.compiler.reset()
+    # Otherwise a program that was traced with maps of several rows would refuse those of a single one.
+    with torch.fx.experimental._config.patch(backed_size_oblivious=options.dynamic):
+        return torch.export.export(graph, (images,), dynamic_shapes=shapes)
 
 
 def write_coreml(graph: Graph, images: Tensor, info: FileInfo, path: Path, options: Options) -> None:
@@ -397,8 +402,8 @@ def trials(options: Options, images: Sequence[np.ndarray]) -> dict[str, list[np.
     batches = [random_images(1, options.sizes[0])]
     if options.dynamic:
         height, width = options.sizes[0]
-        # A multiple of what any network halves its images to; not so small that a map has a single row.
-        batches.append(random_images(2, (max(height // 64, 2) * 32, max(width // 96, 2) * 32)))
+        # The other way round, in multiples of what any network halves its images to.
+        batches.append(random_images(2, (-(-width // 32) * 32, (height // 32 + 1) * 32)))
     return found | {'random images': batches}
 
 
