@@ -219,7 +219,7 @@ def draw_variants(path: Path, title: str, rows: Sequence[Mapping[str, Any]], top
     rows = [row for row in rows if row['batch'] == batch]
     fused_parameters = {
         name: min(row['parameters'] for row in rows if row['name'] == name and 'parameters' in row)
-        for name in {row['name'] for row in rows}
+        for name in dict.fromkeys(row['name'] for row in rows)
     }
     panels = [('parameters of the fused backbone, M', {n: count / 1e6 for n, count in fused_parameters.items()})]
     if known := {name: top1[name] for name in fused_parameters if name in top1}:
