@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from repvit_mm.compat.pytorch import BatchNorm
 from repvit_mm.deploy.timing import Run
 from repvit_mm.specs import Top1
 
@@ -122,7 +123,7 @@ def make_trained_like(network: nn.Module, images: Tensor) -> None:
     for parameter in network.parameters():
         if parameter.numel() > 1 and parameter.min() == parameter.max():
             nn.init.uniform_(parameter, 0.5, 1.5)
-    norms = [module for module in network.eval().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in network.eval().modules() if isinstance(module, BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.train()
