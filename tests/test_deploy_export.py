@@ -346,7 +346,10 @@ def test_tool(checkpoint, capsys):
     [
         (['--to', 'onnx', '--out', 'a.txt'], r'ends in \.onnx'),
         (['--to', 'executorch', '--dynamic'], 'fixed size'),
-        (['--to', 'onnx', '--cfg-options', 'model.decode_head.channels=16'], 'is not of this config: .* of another shape: 36'),
+        (
+            ['--to', 'onnx', '--cfg-options', 'model.decode_head.channels=16'],
+            'is not of this config: .* of another shape: 36',
+        ),
         (['--to', 'onnx', '--cfg-options', 'model.decode_head.type=Nothing'], 'the model cannot be built'),
         (['--to', 'onnx', '--cfg-options', 'model.test_cfg.mode=slide'], 'slides over the image'),
     ],
