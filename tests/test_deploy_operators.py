@@ -175,6 +175,6 @@ def test_exported_loop_stays_a_loop():
 def test_suppression_notices_a_wrong_threshold():
     """The comparison above can fail."""
     case = candidates(500, 1.0)
-    found = operators.non_maximum_suppression(*case, 0.6, 10, operators.suppress_by_loop)
+    found = operators.non_maximum_suppression(*case, 0.01, 10, operators.suppress_by_loop)
     with pytest.raises(AssertionError):
         assert_same(found, case)
