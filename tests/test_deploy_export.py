@@ -126,7 +126,9 @@ def test_half_precision(target, tmp_path):
     sizes = {}
     for half in (False, True):
         model, path, _ = make(target, 'semantic_fpn', tmp_path / str(half), half=half)
-        sizes[half] = sum(file.stat().st_size for file in path.parent.glob(f'{path.stem}.*'))
+        # OpenVINO keeps its weights beside the .xml file, in which each of them then needs a conversion.
+        files = [file for file in path.parent.glob(f'{path.stem}.*') if file.suffix != '.xml']
+        sizes[half] = sum(file.stat().st_size for file in files)
         assert open_file(path).info.precision == ('float16' if half else 'float32')
     weights = sum(parameter.numel() for parameter in model.parameters())
     assert sizes[False] - sizes[True] > 1.6 * weights  # of 2 bytes each
