@@ -11,6 +11,7 @@ from mmengine.config import DictAction
 from repvit_mm.checkpoint import CheckpointError, trust
 from repvit_mm.deploy.export import EXPORTERS, OPSET, Options, build_graph, check_options, export
 from repvit_mm.deploy.graph import ExportError
+from repvit_mm.deploy.int8 import LIBRARIES, Int8Options, check_target, export_int8
 from repvit_mm.deploy.load import describe, input_size, load_model, test_images
 
 REAL_IMAGES = 4
@@ -35,7 +36,32 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         'the config tests at)',
     )
     parser.add_argument('--dynamic', action='store_true', help='take any number of images of any size')
-    parser.add_argument('--half', action='store_true', help='weights in half precision')
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument('--half', action='store_true', help='weights in half precision')
+    precision.add_argument(
+        '--bf16', action='store_true', help='OpenVINO: compute in bfloat16 where the processor multiplies it'
+    )
+    precision.add_argument(
+        '--int8', action='store_true', help=f'8-bit integers, for {", ".join(LIBRARIES)}; needs the data set'
+    )
+    quantization = parser.add_argument_group('--int8')
+    defaults = Int8Options()
+    quantization.add_argument(
+        '--calibration', type=int, default=defaults.images, metavar='N', help='images (default: %(default)s)'
+    )
+    quantization.add_argument(
+        '--max-drop',
+        type=float,
+        default=defaults.max_drop,
+        metavar='POINTS',
+        help='refuse a file that loses more AP or mIoU (default: %(default)s)',
+    )
+    quantization.add_argument(
+        '--float-layers', nargs='+', default=(), metavar='NAME', help='modules whose name contains one stay in float'
+    )
+    quantization.add_argument(
+        '--reduce-range', action='store_true', help='weights in half of their range: for processors without VNNI'
+    )
     parser.add_argument('--logits', action='store_true', help="a segmentor's logits instead of its labels")
     parser.add_argument('--opset', type=int, default=OPSET, help=f'of an ONNX file (default: {OPSET})')
     parser.add_argument('--out', type=Path, help='the file (default: work_dirs/<config>/<config>.<suffix>)')
@@ -48,6 +74,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.shape and len(args.shape) % 2:
         parser.error(f'--shape takes pairs of a height and a width, not {len(args.shape)} numbers')
+    if args.calibration < 1:
+        parser.error('--calibration: at least 1 image')
     if any(side < 32 for side in args.shape or ()):
         parser.error('--shape: sides are at least 32 pixels')
     return args
@@ -65,16 +93,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = tuple(zip(args.shape[::2], args.shape[1::2], strict=True)) if args.shape else (input_size(cfg),)
     if None in sizes:
         sys.exit(f'config {args.config} names no size that it tests at: give --shape')
-    options = Options(args.what, sizes, args.dynamic, args.half, args.logits, args.opset)
+    options = Options(args.what, sizes, args.dynamic, args.half, args.bf16, args.logits, args.opset)
     try:
-        check_options(args.to, path, options)
+        (check_target if args.int8 else check_options)(args.to, path, options)
         if path.exists() and not args.force:
             sys.exit(f'{path} is there already: --force replaces it, --out names another file')
         model = load_model(cfg, args.checkpoint, deploy=True)
         graph = build_graph(model, args.to, options)
         info = describe(cfg, args.checkpoint, graph)
         images = test_images(cfg, REAL_IMAGES)
-        print(export(model, graph, info, args.to, path, options, images, args.rounds))
+        if args.int8:
+            int8 = Int8Options(args.calibration, args.max_drop, tuple(args.float_layers), args.reduce_range)
+            print(export_int8(model, graph, info, args.to, path, options, cfg, int8, images, args.rounds))
+        else:
+            print(export(model, graph, info, args.to, path, options, images, args.rounds))
     except (CheckpointError, ExportError) as error:
         sys.exit(str(error))
 

@@ -41,6 +41,7 @@ class Options:
         sizes: Heights and widths in pixels that the file shall take, the default one first.
         dynamic: Whether it shall take any number of images of any size; the default size is what it is tried with.
         half: Whether to store the weights in half precision.
+        bf16: Whether the file shall be run in bfloat16 where the processor multiplies it.
         logits: Whether a segmentor shall give logits instead of labels.
         opset: Of an ONNX file.
     """
@@ -49,8 +50,14 @@ class Options:
     sizes: tuple[tuple[int, int], ...] = ((512, 512),)
     dynamic: bool = False
     half: bool = False
+    bf16: bool = False
     logits: bool = False
     opset: int = OPSET
+
+    @property
+    def precision(self) -> str:
+        """The precision of the file, as it says of itself."""
+        return 'bfloat16' if self.bf16 else 'float16' if self.half else 'float32'
 
 
 Run = Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -163,10 +170,14 @@ def write_torch_export(graph: Graph, images: Tensor, info: FileInfo, path: Path,
 
 def write_executorch(graph: Graph, images: Tensor, info: FileInfo, path: Path, options: Options) -> None:
     """An ExecuTorch program whose convolutions are XNNPACK's."""
+    lower_executorch(exported_program(graph, images, options), info, path)
+
+
+def lower_executorch(program: torch.export.ExportedProgram, info: FileInfo, path: Path) -> None:
+    """Write a program for ExecuTorch; what XNNPACK has is left to it."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    program = exported_program(graph, images, options)
     # A method that returns a constant is where a program keeps what it says of itself.
     edge = to_edge_transform_and_lower(
         program, partitioner=[XnnpackPartitioner()], constant_methods={KEY: info.to_json()}
@@ -233,6 +244,8 @@ def check_options(target: str, path: Path, options: Options) -> None:
         raise ExportError(f'a {target} file takes one size, or any with --dynamic, not {len(options.sizes)} sizes')
     if options.half and exporter.half not in ('graph', 'file'):
         raise ExportError(f'--half: {exporter.half}')
+    if options.bf16 and target != 'openvino':
+        raise ExportError(f'--bf16: only OpenVINO is told so by its file, {target} is not')
 
 
 def build_graph(model: nn.Module, target: str, options: Options) -> Graph:
@@ -286,7 +299,7 @@ def export(
         info,
         sizes=() if options.dynamic else options.sizes,
         batch=None if options.dynamic else 1,
-        precision='float16' if options.half else 'float32',
+        precision=options.precision,
         versions=info.versions | versions(exporter.library),
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,8 @@ class FileInfo:
         canvas_value: What it pads with, from 0 to 255.
         score_threshold: Detections below it are better not drawn.
         mask_threshold: The least probability of a pixel that belongs to a mask.
-        precision: What the weights are stored in: ``'float32'``, ``'float16'``, ``'int8'``, ...
+        precision: What it computes in: ``'float32'``, ``'float16'``, ``'bfloat16'`` where the processor has it, or
+            ``'int8'``.
         config: Name of the config.
         checkpoint: Name of the checkpoint's file.
         sha256: The checkpoint's SHA-256.

@@ -47,18 +47,17 @@ class Runtime(ABC):
         library = import_library(self.library, self.path)
         try:
             description = self._load(library)
+            if description is None:
+                raise RuntimeFileError(
+                    f'{path} says nothing of its classes and its input: only files of tools/export.py can be run'
+                )
+            self.info = FileInfo.from_json(description)
         except RuntimeFileError:
             raise
-        except Exception as error:  # libraries raise anything at a damaged file
-            raise RuntimeFileError(f'{path} cannot be opened by {self.library}: {_one_line(error)}') from None
-        if description is None:
-            raise RuntimeFileError(
-                f'{path} says nothing of its classes and its input: only files of tools/export.py can be run'
-            )
-        try:
-            self.info = FileInfo.from_json(description)
         except MetadataError as error:
             raise RuntimeFileError(f'{path} cannot be used: {error}') from None
+        except Exception as error:  # libraries raise anything at a damaged file
+            raise RuntimeFileError(f'{path} cannot be opened by {self.library}: {_one_line(error)}') from None
 
     @abstractmethod
     def _load(self, library: ModuleType) -> str | None:
@@ -131,13 +130,15 @@ class OpenVino(Runtime):
             raise RuntimeFileError(f'{self.path} has no {self.path.with_suffix(".bin").name} beside it')
         core = library.Core()
         model = core.read_model(self.path)
-        options: dict[str, Any] = {'PERFORMANCE_HINT': 'LATENCY'}
-        # It would take bfloat16 by itself where the processor has it.
-        options['INFERENCE_PRECISION_HINT'] = 'f32'
+        description = model.get_rt_info([KEY]).astype(str) if model.has_rt_info([KEY]) else None
+        # By itself it would take bfloat16 wherever the processor has it.
+        wanted = description is not None and FileInfo.from_json(description).precision == 'bfloat16'
+        hint = 'bf16' if wanted and has_bfloat16(library) else 'f32'
+        options: dict[str, Any] = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': hint}
         if self.threads:
             options['INFERENCE_NUM_THREADS'] = self.threads
         self._network = core.compile_model(model, 'CPU', options)
-        return model.get_rt_info([KEY]).astype(str) if model.has_rt_info([KEY]) else None
+        return description
 
     def _run(self, images: np.ndarray) -> Sequence[np.ndarray]:
         outputs = self._network(images)
@@ -245,6 +246,11 @@ def import_library(name: str, path: Path) -> ModuleType:
         raise RuntimeFileError(f'{path} needs the package {package}: pip install {package}') from None
     except Exception as error:  # a library that does not fit another one may fail in any way
         raise RuntimeFileError(f'{path} needs the package {package}, which fails: {_one_line(error)}') from None
+
+
+def has_bfloat16(openvino: ModuleType) -> bool:
+    """Whether OpenVINO multiplies bfloat16 on this processor."""
+    return 'BF16' in openvino.Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES')
 
 
 def preprocess(images: np.ndarray, info: FileInfo) -> np.ndarray:

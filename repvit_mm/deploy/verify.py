@@ -42,6 +42,9 @@ class Tolerance:
 TOLERANCES = {
     'float32': Tolerance(),
     'float16': Tolerance(maps=2e-2, pixels=2e-2, boxes=2.0, scores=2e-2, masks=0.05, detections=0.05),
+    'bfloat16': Tolerance(maps=5e-2, pixels=3e-2, boxes=4.0, scores=0.1, masks=0.1, detections=0.1),
+    # Whether the file is any good is for its metric to say; this is what tells it from a broken one.
+    'int8': Tolerance(maps=0.3, pixels=0.1, boxes=8.0, scores=0.2, masks=0.3, detections=0.3),
 }
 """Precision of a file's weights -> how far it may be off the float32 model."""
 

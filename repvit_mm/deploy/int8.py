@@ -1,0 +1,404 @@
+"""From a fused model to an int8 file that is judged by the metric before it is put in its place."""
+
+import copy
+import io
+import json
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.evaluator import Evaluator
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.runner import Runner
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+
+from .evaluate import MismatchError, plain_datasets, put_file
+from .export import EXPORTERS, Options, build_graph, check_options, export, quiet, random_images
+from .graph import ExportError, Graph
+from .load import test_dataset, versions
+from .metadata import KEY, FileInfo
+from .prediction import fit_image
+from .quantize import write_executorch, write_onnx, write_openvino
+from .runtimes import Runtime, RuntimeFileError, has_bfloat16, open_file
+from .sensitivity import Sensitivity, measure
+from .structure import Layer
+from .timing import Spread, interleave
+from .verify import TOLERANCES, Difference, compare
+
+LIBRARIES = {
+    'onnx': ('onnx', 'onnxruntime'),
+    'openvino': ('onnx', 'onnxruntime', 'openvino', 'nncf'),
+    'executorch': ('onnx', 'onnxruntime', 'executorch', 'torchao'),
+}
+"""Target that has int8 -> the distributions that it takes. Sensitivity is measured in ONNX Runtime for all of them."""
+
+TRIED_ON = 4
+"""How many images of the test data set an int8 file's outputs are compared on."""
+
+
+@dataclass(frozen=True)
+class Int8Options:
+    """How to quantize.
+
+    Args:
+        images: How many images of the training data set to calibrate on.
+        max_drop: A file that loses more points of AP or mIoU is refused.
+        float_layers: Layers whose module's name contains one of these stay in float, whatever was measured.
+        reduce_range: Whether to keep weights in half of their range, for processors without VNNI.
+    """
+
+    images: int = 128
+    max_drop: float = 1.0
+    float_layers: tuple[str, ...] = ()
+    reduce_range: bool = False
+
+
+@dataclass
+class Candidate:
+    """A file of one precision.
+
+    Args:
+        precision: What it computes in.
+        bytes: Its size, that of files that belong to it included.
+        points: Name of a metric -> its value in points; empty if it was not measured.
+        time: Seconds for an image, if it was timed.
+    """
+
+    precision: str
+    bytes: int
+    points: Mapping[str, float] = field(default_factory=dict)
+    time: Spread | None = None
+
+
+@dataclass
+class Int8Report:
+    """What became of an int8 export.
+
+    Args:
+        path: The file.
+        candidates: The float file first, the int8 file last.
+        sensitivity: What was measured layer by layer.
+        float_layers: The layers that stay in float.
+        images: How many images it was calibrated on.
+        difference: How far the int8 file's outputs are off the float file's.
+        notes: What else is to be said.
+    """
+
+    path: Path
+    candidates: list[Candidate]
+    sensitivity: Sensitivity
+    float_layers: tuple[Layer, ...]
+    images: int
+    difference: Difference | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        first = self.candidates[0]
+        rows = [['', *first.points, 'MB', *(['ms', 'speed'] if first.time else [])]]
+        for candidate in self.candidates:
+            row = [candidate.precision]
+            row += [f'{value:.2f} ({value - first.points[name]:+.2f})' for name, value in candidate.points.items()]
+            row.append(f'{candidate.bytes / 1e6:.1f}')
+            if candidate.time and first.time:
+                row += [f'{1000 * candidate.time.median:.1f}', f'{first.time.median / candidate.time.median:.2f}']
+            rows.append(row)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = ['  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        lines = [f'{self.path}: int8, calibrated on {self.images} images', str(self.sensitivity), *table]
+        if self.difference:
+            lines.append(f'against the float file: {self.difference.text}')
+        return '\n'.join(lines + self.notes)
+
+    def to_json(self) -> str:
+        """Everything, each layer's error included."""
+        layers = [
+            {'layer': layer.module, 'kind': layer.kind, 'alone': error, 'float': layer in self.float_layers}
+            for layer, error in self.sensitivity.alone.items()
+        ]
+        content = {
+            'images': self.images,
+            'candidates': [asdict(candidate) for candidate in self.candidates],
+            'kept': [str(kept) for kept in self.sensitivity.kept],
+            'layers': layers,
+        }
+        return json.dumps(content, indent=2) + '\n'
+
+
+def export_int8(
+    model: nn.Module,
+    graph: Graph,
+    info: FileInfo,
+    target: str,
+    path: Path,
+    options: Options,
+    cfg: Config,
+    int8: Int8Options,
+    images: Sequence[np.ndarray] = (),
+    rounds: int = 5,
+) -> Int8Report:
+    """Export in float, quantize, measure both by the config's metric, and put the int8 file in its place.
+
+    Beside the file lies ``FILE.int8.json`` with what was measured. For OpenVINO bfloat16 is measured, too, where the
+    processor multiplies it.
+
+    Args:
+        model: The fused model.
+        graph: The model's graph, built for the target.
+        info: What the float file says of itself.
+        target: A key of ``LIBRARIES``.
+        path: Where the file shall lie.
+        options: The same as the graph's.
+        cfg: The config, for its data sets and its metric.
+        int8: How to quantize.
+        images: Real images that the float file is compared with PyTorch on.
+        rounds: How often the files are timed in turns; 0 does not time them.
+
+    Raises:
+        ExportError: if the target has no int8, a library or the images to calibrate on are missing, or the file loses
+            more than ``int8.max_drop``. No file is left then.
+    """
+    check_target(target, path, options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix='.', dir=path.parent) as scratch:
+        folders = {name: Path(scratch, name) for name in ('float32', 'bfloat16', 'int8')}
+        for folder in folders.values():
+            folder.mkdir()
+        files = {name: folder / path.name for name, folder in folders.items()}
+        export(model, graph, info, target, files['float32'], options, images, rounds=0)
+        info = open_file(files['float32']).info
+        calibration = calibration_images(cfg, info, int8.images)
+        try:
+            sensitivity, kept = _quantize(model, graph, info, target, files, options, int8, calibration)
+            runs = {name: open_file(files[name], torch.get_num_threads()) for name in ('float32', 'int8')}
+        except RuntimeFileError as error:
+            raise ExportError(str(error)) from error
+        report = Int8Report(path, [], sensitivity, kept, len(calibration))
+        tried = dataset_images(test_dataset(cfg), cfg, info, TRIED_ON) or calibration[:TRIED_ON]
+        report.difference = check_int8(runs['float32'], runs['int8'], tried, graph.limit)
+        if target == 'openvino' and _tell_bfloat16(files['float32'], files['bfloat16'], info):
+            runs = {
+                'float32': runs['float32'],
+                'bfloat16': open_file(files['bfloat16'], torch.get_num_threads()),
+            } | runs
+        points = {name: _points(cfg, files[name], info, report) for name in runs}
+        times = {}
+        if rounds:
+            turns = {name: lambda run=run: run.run(tried[0]) for name, run in runs.items()}
+            times = interleave(turns, rounds, torch.device('cpu'), 'timing')
+        for name in runs:
+            size = sum(file.stat().st_size for file in folders[name].iterdir())
+            report.candidates.append(Candidate(name, size, points[name], times.get(name)))
+        judge(report, int8.max_drop)
+        for file in sorted(folders['int8'].iterdir(), key=lambda file: file == files['int8']):
+            file.replace(path.parent / file.name)
+        path.with_name(f'{path.name}.int8.json').write_text(report.to_json())
+    return report
+
+
+def check_target(target: str, path: Path, options: Options) -> None:
+    """Refuse what cannot become int8, before anything is computed.
+
+    Raises:
+        ExportError: with what to do instead.
+    """
+    if target not in LIBRARIES:
+        raise ExportError(f'--int8: {target} has none here, expected one of {", ".join(LIBRARIES)}')
+    if options.precision != 'float32':
+        raise ExportError(f'--int8 starts from float32: leave {"--bf16" if options.bf16 else "--half"} out')
+    check_options(target, path, options)
+    for library in LIBRARIES[target]:
+        if not versions([library]):
+            raise ExportError(f'--int8 for {target} needs the package {library}: pip install {library}')
+
+
+def _quantize(
+    model: nn.Module,
+    graph: Graph,
+    info: FileInfo,
+    target: str,
+    files: Mapping[str, Path],
+    options: Options,
+    int8: Int8Options,
+    calibration: Sequence[np.ndarray],
+) -> tuple[Sensitivity, tuple[Layer, ...]]:
+    """Write the int8 file; returns what was measured and the layers that stay in float."""
+    from .qdq import QdqNetwork
+
+    with tempfile.TemporaryDirectory() as scratch:
+        source = files['float32']
+        if target != 'onnx':
+            source = Path(scratch, 'model.onnx')
+            batch = torch.from_numpy(random_images(2 if options.dynamic else 1, options.sizes[0]))
+            with torch.no_grad(), quiet():
+                EXPORTERS['onnx'].write(build_graph(model, 'onnx', options), batch, info, source, options)
+        network = QdqNetwork(source, calibration, int8.reduce_range)
+    sensitivity = measure(network, calibration, torch.get_num_threads())
+    chosen = set(sensitivity.float_layers)
+    kept = tuple(
+        layer
+        for layer in network.structure.layers
+        if layer in chosen or any(name in layer.module for name in int8.float_layers)
+    )
+    goal = files['int8']
+    if target == 'onnx':
+        write_onnx(network, goal, info, kept)
+    elif target == 'openvino':
+        write_openvino(files['float32'], goal, info, calibration, kept, int8.reduce_range)
+    else:
+        write_executorch(graph, goal, info, calibration, kept)
+    return sensitivity, kept
+
+
+def check_int8(
+    reference: Runtime, runtime: Runtime, images: Sequence[np.ndarray], limit: int | None = None
+) -> Difference:
+    """Compare an int8 file with its float file on real images; noise is nothing that it was calibrated for.
+
+    Raises:
+        ExportError: if it is further off than int8 can explain.
+    """
+    tolerance = TOLERANCES['int8']
+    differences = []
+    for image in images:
+        outputs = [
+            {**found, 'masks': found['masks'] >= 0.5} if 'masks' in found else found
+            for found in (reference.run(image), runtime.run(image))
+        ]
+        differences.append(compare(reference.info.task, *outputs, tolerance, limit))
+    worst = max(differences, key=lambda difference: (not difference.tolerated, difference.excess))
+    if not worst.tolerated:
+        raise ExportError(f'the int8 file is too far off the float file: {worst.text}')
+    return worst
+
+
+def judge(report: Int8Report, max_drop: float) -> None:
+    """Refuse an int8 file that loses more than it may.
+
+    Raises:
+        ExportError: if one of its metrics does, or is not a number.
+    """
+    first, last = report.candidates[0], report.candidates[-1]
+    for name, value in first.points.items():
+        drop = value - last.points[name]
+        if not drop <= max_drop:
+            raise ExportError(
+                f'int8 loses {drop:.2f} points of {name} ({value:.2f} to {last.points[name]:.2f}), more than '
+                f'--max-drop {max_drop:g}: calibrate on more images, or keep layers in float by --float-layers'
+            )
+
+
+def calibration_images(cfg: Config, info: FileInfo, count: int) -> list[np.ndarray]:
+    """Images to calibrate on, as a file takes them: of the training data set, or of the test data set without one.
+
+    Args:
+        cfg: The config.
+        info: What the file says of itself.
+        count: How many, spread evenly over the data set.
+
+    Returns:
+        Batches of one, ``(1, 3, H, W)``, float32, RGB, from 0 to 255.
+
+    Raises:
+        ExportError: if there are none.
+    """
+    training = (cfg.get('train_dataloader') or {}).get('dataset')
+    for dataset in (next(plain_datasets(training), None) if training else None, test_dataset(cfg)):
+        if images := dataset_images(dataset, cfg, info, count):
+            return images
+    raise ExportError(
+        '--int8 calibrates on images of the training data set or the test data set, and neither can be read: '
+        'set another path with --cfg-options'
+    )
+
+
+def dataset_images(dataset: Any, cfg: Config, info: FileInfo, count: int) -> list[np.ndarray]:
+    """Images of a data set, spread evenly over it, as a file takes them; none if it cannot be read."""
+    steps = test_dataset(cfg).get('pipeline')
+    if not dataset or not steps:
+        return []
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    try:
+        # How images are loaded is the same in training and test; how they are resized and flipped is not.
+        built = DATASETS.build({**dataset, 'pipeline': steps[:1], 'test_mode': True})
+        places = np.unique(np.linspace(0, len(built) - 1, min(count, len(built))).astype(int))
+        return [fit_image(built[int(place)]['img'], info).pixels[None] for place in places]
+    except Exception:  # a data set that is not there may fail in any way
+        return []
+
+
+def evaluate(cfg: Config, path: Path) -> dict[str, float]:
+    """Run an exported file over a config's test data set.
+
+    Returns:
+        Name of each metric -> its value, as MMEngine's evaluator gives them.
+
+    Raises:
+        MismatchError: if the file cannot stand in for the config's network.
+    """
+    cfg = copy.deepcopy(cfg)
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    put_file(cfg, str(path))
+    model = MODELS.build(cfg.model)
+    loader = Runner.build_dataloader(cfg.test_dataloader)
+    evaluator = Evaluator(cfg.test_evaluator)
+    evaluator.dataset_meta = loader.dataset.metainfo
+    console = Console(stderr=True)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()):  # pycocotools prints
+            for batch in track(
+                loader, path.parent.name, console=console, transient=True, disable=not console.is_terminal
+            ):
+                evaluator.process(data_samples=model.test_step(batch), data_batch=batch)
+            return evaluator.evaluate(len(loader.dataset))
+    finally:
+        logging.disable(disabled)
+
+
+def in_points(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that judge a model as a whole, in points: mAP, which frameworks give as a share, and mIoU."""
+    names = {name: name.rpartition('/')[2] for name in metrics}
+    return {
+        short: float(metrics[name]) * (1 if short == 'mIoU' else 100)
+        for name, short in names.items()
+        if short == 'mIoU' or short.endswith('mAP')
+    }
+
+
+def _points(cfg: Config, path: Path, info: FileInfo, report: Int8Report) -> dict[str, float]:
+    """What a file reaches on the test data set in points; empty, with a note, if that cannot be measured."""
+    if info.task == 'backbone':
+        reason = 'a backbone has none'
+    else:
+        try:
+            return in_points(evaluate(cfg, path))
+        except MismatchError as error:
+            raise ExportError(str(error)) from error
+        except FileNotFoundError as error:
+            reason = str(error)
+    note = f'the metric was not measured, so --max-drop was not checked: {reason}'
+    if note not in report.notes:
+        report.notes.append(note)
+    return {}
+
+
+def _tell_bfloat16(source: Path, goal: Path, info: FileInfo) -> bool:
+    """Write a float OpenVINO file that says to be run in bfloat16; ``False`` if the processor does not multiply it."""
+    import openvino
+
+    if not has_bfloat16(openvino):
+        return False
+    model = openvino.Core().read_model(source)
+    model.set_rt_info(replace(info, precision='bfloat16').to_json(), [KEY])
+    openvino.save_model(model, goal, compress_to_fp16=False)
+    return True

@@ -1,0 +1,174 @@
+"""Which layers int8 hurts: measured on images, one layer at a time."""
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnxruntime
+from rich.console import Console
+from rich.progress import track
+
+from .qdq import QdqNetwork
+from .structure import Layer
+
+IMAGES = 4
+"""How many of the calibration images errors are measured on."""
+
+CANDIDATES = 8
+"""How many of the most sensitive layers of a section are tried in float."""
+
+GAIN = 0.05
+"""A layer stays in float if the error of the whole falls by at least this share,"""
+
+TOLERATED = 0.05
+"""unless the error is no larger than this anyway."""
+
+
+@dataclass(frozen=True)
+class FloatLayers:
+    """Layers that stay in float together, and why: one, or one with those that take its result.
+
+    Args:
+        layers: The layers.
+        alone: The error that the first one to give its result causes if it alone is quantized.
+        before: The error of the section with them in int8, and what was kept before them in float.
+        after: The error with them in float, too.
+    """
+
+    layers: tuple[Layer, ...]
+    alone: float
+    before: float
+    after: float
+
+    def __str__(self) -> str:
+        return (
+            f'{", ".join(map(describe, self.layers))}: alone {self.alone:.2%}; '
+            f'in float they bring the error of all from {self.before:.2%} to {self.after:.2%}'
+        )
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What was measured on a network.
+
+    Errors are relative L2 errors of the maps that leave a section of the network, the root of their mean square over
+    these maps. Within a section, proposals are those of the float network: what differs is what is measured.
+
+    Args:
+        alone: Layer -> the error if it alone is quantized.
+        whole: Section -> the error with all of its layers quantized.
+        kept: The layers that stay in float.
+        images: How many images it was measured on.
+    """
+
+    alone: Mapping[Layer, float]
+    whole: Mapping[int, float]
+    kept: tuple[FloatLayers, ...]
+    images: int
+
+    @property
+    def float_layers(self) -> tuple[Layer, ...]:
+        """The layers that stay in float."""
+        return tuple(layer for kept in self.kept for layer in kept.layers)
+
+    def __str__(self) -> str:
+        sections = ', '.join(f'{error:.2%}' for error in self.whole.values())
+        lines = [
+            f'sensitivity on {self.images} images, {len(self.alone)} layers one at a time; all of them: {sections}'
+        ]
+        lines += [f'stays in float: {kept}' for kept in self.kept] or ['no layer stays in float']
+        worst = sorted(self.alone.items(), key=lambda item: -item[1])[:5]
+        lines.append('most sensitive: ' + ', '.join(f'{describe(layer)} {error:.2%}' for layer, error in worst))
+        return '\n'.join(lines)
+
+
+def describe(layer: Layer) -> str:
+    """A layer in words."""
+    return f'{layer.module} ({layer.kind})'
+
+
+def measure(network: QdqNetwork, images: Sequence[np.ndarray], threads: int | None = None) -> Sensitivity:
+    """Quantize one layer at a time, and then keep in float what the whole gains by.
+
+    The most sensitive layers of each section are tried in turn, each with those that were kept before it.
+
+    Args:
+        network: The network.
+        images: Images ``(N, 3, H, W)``; the first few are taken.
+        threads: How many threads it computes in; ``None`` leaves that to the library.
+    """
+    images = images[:IMAGES]
+    layers = network.structure.layers
+    ends = [layer for layer in layers if layer.end]
+    probe = _Probe(network, ends, images, threads)
+    console = Console(stderr=True)
+    progress = dict(console=console, transient=True, disable=not console.is_terminal)
+    alone = {
+        layer: probe.error([layer], layer.section) for layer in track(layers, 'sensitivity of each layer', **progress)
+    }
+    whole: dict[int, float] = {}
+    kept: list[FloatLayers] = []
+    for section in sorted({layer.section for layer in ends}):
+        chosen = {layer for layer in layers if layer.section == section}
+        whole[section] = current = probe.error(chosen, section)
+        for layer in sorted(chosen, key=alone.__getitem__, reverse=True)[:CANDIDATES]:
+            if current <= TOLERATED:
+                break
+            if layer not in chosen:
+                continue
+            # What a layer gives is quantized once more by the layers that take it.
+            for group in ({layer}, {layer, *(user for user in chosen if layer.name in user.takes)}):
+                trial = probe.error(chosen - group, section)
+                if trial <= (1 - GAIN) * current:
+                    kept.append(
+                        FloatLayers(tuple(other for other in layers if other in group), alone[layer], current, trial)
+                    )
+                    chosen -= group
+                    current = trial
+                    break
+    return Sensitivity(alone, whole, tuple(kept), len(images))
+
+
+class _Probe:
+    """Runs a network with some layers quantized, and compares its ends with the float network's."""
+
+    def __init__(
+        self, network: QdqNetwork, ends: Sequence[Layer], images: Sequence[np.ndarray], threads: int | None
+    ) -> None:
+        self._network, self._images, self._threads = network, images, threads
+        outputs = {node.name: node.output[0] for node in network.float_model.graph.node}
+        self._ends = {layer: outputs[layer.name] for layer in ends}
+        self._expected = self._run(network.float_model, list(self._ends.values()))
+
+    def error(self, layers: Collection[Layer], section: int) -> float:
+        """The error at the ends of a section with these of its layers quantized."""
+        ends = {layer: index for index, layer in enumerate(self._ends) if layer.section == section}
+        if not ends:
+            return 0.0
+        found = self._run(self._network.quantized(layers), [self._ends[layer] for layer in ends])
+        squares = []
+        for place, index in enumerate(ends.values()):
+            wrong = right = 0.0
+            for actual, expected in zip(found, self._expected, strict=True):
+                reference = expected[index].astype(np.float64)
+                wrong += np.square(actual[place] - reference).sum()
+                right += np.square(reference).sum()
+            squares.append(wrong / right if right else wrong)
+        return float(np.sqrt(np.mean(squares)))
+
+    def _run(self, model: onnx.ModelProto, names: Sequence[str]) -> list[list[np.ndarray]]:
+        """Tensors of a network by their names, for each image."""
+        given = {output.name for output in model.graph.output}
+        model.graph.output.extend(
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+            for name in names
+            if name not in given
+        )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads or 0
+        options.add_session_config_entry('session.force_spinning_stop', '1')
+        options.log_severity_level = logging.ERROR // 10 - 1
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=['CPUExecutionProvider'])
+        return [session.run(list(names), {'images': image}) for image in self._images]
