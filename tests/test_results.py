@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.mask import decode
 
 from repvit_mm.deploy.prediction import Detections, LabelMap
-from repvit_mm.deploy.results import H264Writer, ResultFolder, write
+from repvit_mm.deploy.results import H264Writer, ResultFolder
 from repvit_mm.deploy.sources import Source
 
 CLASSES, PALETTE = ('cat', 'dog <b>'), ((250, 10, 10), (10, 10, 250))
@@ -157,16 +157,3 @@ def test_no_video_is_left_of_no_frame(tmp_path):
     with pytest.raises(RuntimeError), H264Writer(tmp_path / 'film.mp4', 25):
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
-
-
-def test_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    path = tmp_path / 'file.txt'
-    write(path, b'old')
-
-    def fail(*_: object) -> None:
-        raise OSError('no space left')
-
-    monkeypatch.setattr('repvit_mm.deploy.results.os.replace', fail)
-    with pytest.raises(OSError, match='no space'):
-        write(path, b'new')
-    assert path.read_bytes() == b'old' and list(tmp_path.iterdir()) == [path]

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,20 @@ from typing import Any
 warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
 
 import torch  # noqa: E402
-from mmengine.config import Config, ConfigDict, DictAction  # noqa: E402
+from mmengine.config import Config, DictAction  # noqa: E402
 from mmengine.device import get_device  # noqa: E402
 from mmengine.registry import RUNNERS  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
 try:
     from repvit_mm.checkpoint import CheckpointError, check_file, download
+    from repvit_mm.deploy.load import plain_datasets
+    from repvit_mm.deploy.metadata import TASKS
     from repvit_mm.messages import one_line
 except ImportError as error:
     sys.exit(f'{error} (a checkout is installed by: pip install -e .)')
 
 TOOLS = Path(__file__).resolve().parent
-
-TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation'}
-"""Default scope of a config -> its task."""
 
 DATA_HINTS = {
     'data/coco': 'get COCO-2017 from https://cocodataset.org/#download and link its folder as data/coco',
@@ -111,17 +109,6 @@ def build_runner(cfg: Config, *loops: str) -> Runner:
         sys.exit(f'the config cannot be built: {one_line(error)} (--cfg-options log_level=DEBUG shows where)')
 
 
-def datasets(dataset: ConfigDict, name: str) -> Iterator[tuple[str, ConfigDict]]:
-    """Each plain dataset inside wrappers such as ``RepeatDataset`` and ``ConcatDataset``, with its name."""
-    if 'datasets' in dataset:
-        for index, inner in enumerate(dataset.datasets):
-            yield from datasets(inner, f'{name}.datasets.{index}')
-    elif 'dataset' in dataset:
-        yield from datasets(dataset.dataset, f'{name}.dataset')
-    else:
-        yield name, dataset
-
-
 def check_data(cfg: Config, *splits: str) -> None:
     """Exit with one line unless the files and folders that the splits' data sets and metrics read are there.
 
@@ -132,7 +119,7 @@ def check_data(cfg: Config, *splits: str) -> None:
     wanted: list[tuple[str, str]] = []
     for split in splits:
         loader = cfg.get(f'{split}_dataloader')
-        for name, dataset in datasets(loader.dataset, f'{split}_dataloader.dataset') if loader else ():
+        for name, dataset in plain_datasets(loader.dataset, f'{split}_dataloader.dataset') if loader else ():
             root = dataset.get('data_root') or ''
             prefixes = dataset.get('data_prefix') or {}
             for key, path in [('ann_file', dataset.get('ann_file')), *prefixes.items()]:

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from _launch import (
-    TASKS,
     add_common_arguments,
     build_runner,
     check_checkpoint,
     check_data,
-    datasets,
     load_config,
 )
 from mmengine.config import Config, ConfigDict
 
 from repvit_mm.checkpoint import CheckpointError, trust
 from repvit_mm.deploy.evaluate import MismatchError, put_file
+from repvit_mm.deploy.load import plain_datasets
+from repvit_mm.deploy.metadata import TASKS
 from repvit_mm.deploy.runtimes import RuntimeFileError, is_exported
 from repvit_mm.hooks import FusionError
 
@@ -112,7 +112,7 @@ def augment_tests(cfg: Config) -> None:
     """Put ``--tta`` into the config: its own augmentation, or for a box detector a horizontal flip."""
     if has_masks(cfg.model):
         sys.exit('--tta: MMDetection merges augmented boxes but not masks; test this detector without it')
-    for _, dataset in datasets(cfg.test_dataloader.dataset, 'test_dataloader.dataset'):
+    for _, dataset in plain_datasets(cfg.test_dataloader.dataset, 'test_dataloader.dataset'):
         dataset.pipeline = cfg.get('tta_pipeline') or flipped(dataset.pipeline)
     if cfg.default_scope == 'mmdet':
         cfg.setdefault(

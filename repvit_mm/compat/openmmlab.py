@@ -44,6 +44,16 @@ def iterator_within(batches: Iterator, dataloader: DataLoader) -> Iterator:
     return batches._iterator
 
 
+def normalizes(preprocessor: nn.Module) -> bool:
+    """Whether a data preprocessor normalizes images, which those of MMEngine, MMDetection and MMSegmentation keep."""
+    return getattr(preprocessor, '_enable_normalize', False)
+
+
+def reverses_channels(preprocessor: nn.Module) -> bool:
+    """Whether a data preprocessor hands BGR images over as RGB; only MMSegmentation's says so publicly."""
+    return getattr(preprocessor, 'channel_conversion', getattr(preprocessor, '_channel_conversion', False))
+
+
 class SavingBeforeRemovingHook(CheckpointHook):
     """MMEngine's hook in an order that survives being killed.
 

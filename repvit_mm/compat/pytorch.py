@@ -3,6 +3,7 @@
 import pickle
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,10 +19,13 @@ __all__ = [
     'BatchNorm',
     'NotifiedModule',
     'WeakTensorKeyDictionary',
+    'any_row_count',
+    'children_of',
     'conv_backward',
     'draw_indices',
     'gelu_',
     'refused_global',
+    'scan',
     'tensors_of',
     'tree_of',
     'unpickling_reason',
@@ -114,3 +118,25 @@ def unpickling_reason(error: pickle.UnpicklingError) -> str:
     """Why reading with ``weights_only`` failed, without torch's advice before and after it to read without."""
     reason = str(error).rpartition('WeightsUnpickler error:')[2].partition('Check the documentation')[0]
     return ' '.join(reason.split())
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module]:
+    """A module's children by name; ``named_children()`` leaves out the second name of one that has two."""
+    return {name: child for name, child in module._modules.items() if child is not None}
+
+
+def scan(*args: Any) -> Any:
+    """Torch's loop that ``torch.export`` keeps as one; it has no public name, and takes long to import."""
+    from torch._higher_order_ops.scan import scan
+
+    return scan(*args)
+
+
+def any_row_count(enabled: bool) -> AbstractContextManager:
+    """Within the context ``torch.export`` does not take a size of 1 for a special case.
+
+    Otherwise a program that was traced with maps of several rows would refuse those of a single one.
+    """
+    from torch.fx.experimental import _config
+
+    return _config.patch(backed_size_oblivious=enabled)

@@ -1,6 +1,6 @@
 """An exported file in the place of a config's network: same data set, same metric, same table."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
@@ -8,19 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS, TRANSFORMS
 from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from torch import Tensor
 
-from .load import class_names
-from .metadata import FileInfo
+from .load import class_names, plain_datasets
+from .metadata import TASKS, FileInfo
 from .prediction import FittedImage, LabelMap, fit_image, predict
 from .runtimes import open_file
-
-TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation'}
-"""Default scope of a config -> the task of a file that may stand in for its network."""
 
 GEOMETRY = ('Resize', 'FixScaleResize', 'ResizeToMultiple', 'Pad')
 """Steps of a test pipeline whose place :class:`FitToFile` takes."""
@@ -123,7 +120,7 @@ def put_file(cfg: Config, path: str) -> str:
     if not info.sizes:
         return f"{path} takes images of any size: as the config's pipeline makes them"
     fit = dict(type='FitToFile', info=replace(info, classes=(), palette=(), versions={}).to_dict())
-    for dataset in plain_datasets(cfg.test_dataloader.dataset):
+    for _, dataset in plain_datasets(cfg.test_dataloader.dataset):
         load, *steps = (step for step in dataset.pipeline if bare_type(step) not in GEOMETRY)
         dataset.pipeline = [load, fit, *steps]
     sizes = ' or '.join(f'{height}x{width}' for height, width in info.sizes)
@@ -146,15 +143,6 @@ def check(info: FileInfo, cfg: Config, path: str) -> None:
     evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
     if 'masks' not in info.outputs and any('segm' in (evaluator.get('metric') or ()) for evaluator in evaluators):
         raise MismatchError(f'{path} predicts boxes only and the config evaluates masks: take --eval bbox')
-
-
-def plain_datasets(dataset: ConfigDict) -> Iterator[ConfigDict]:
-    """The data sets inside wrappers such as ``ConcatDataset``."""
-    inner = dataset.get('datasets') or [dataset[key] for key in ('dataset',) if key in dataset]
-    for each in inner:
-        yield from plain_datasets(each)
-    if not inner:
-        yield dataset
 
 
 def bare_type(node: dict[str, Any]) -> str:

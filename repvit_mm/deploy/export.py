@@ -14,17 +14,17 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compat.pytorch import any_row_count
 from .graph import ExportError, Graph, backbone_graph, graph_of
 from .load import versions
 from .metadata import KEY, FileInfo
 from .operators import Suppress, suppress_by_loop, suppress_by_onnx, suppress_by_scan
 from .runtimes import INFO_FILE, RuntimeFileError, open_file
 from .timing import Spread, interleave
-from .verify import TOLERANCES, Difference, compare, framework_outputs, pasted
+from .verify import TOLERANCES, Difference, compare, framework_outputs, largest, pasted
 
 OPSET = 17
 """Of ONNX files: one that every current runtime reads, and the first one but one whose RoiAlign is right."""
@@ -191,8 +191,7 @@ def exported_program(graph: Graph, images: Tensor, options: Options) -> torch.ex
     shapes = ({0: any_size, 2: any_size, 3: any_size},) if options.dynamic else None
     # What torch remembers of an earlier loop of other sizes would decide which sizes are free in this one.
     torch.compiler.reset()
-    # Otherwise a program that was traced with maps of several rows would refuse those of a single one.
-    with torch.fx.experimental._config.patch(backed_size_oblivious=options.dynamic):
+    with any_row_count(options.dynamic):
         return torch.export.export(graph, (images,), dynamic_shapes=shapes)
 
 
@@ -382,8 +381,7 @@ def check_outputs(
             ]
         except RuntimeFileError as error:
             raise ExportError(f'the file does not run, {what}: {error}') from error
-        # Not a number is the worst.
-        found[what] = max(differences, key=lambda difference: (not difference.tolerated, difference.excess))
+        found[what] = largest(differences)
         if not found[what].tolerated:
             raise ExportError(f'the file does not compute what PyTorch does, {what}: {found[what].text}')
     return found

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..backbone import ReparamBackbone
+from ..compat.pytorch import children_of
 from ..reparam import conv_kernel, fold_norm
 
 
@@ -109,7 +110,7 @@ def _pairs_of(parent: nn.Module) -> tuple[list[_Pair], Mapping[str, str]]:
     Returns:
         The pairs, and for each other norm among its children why it has no convolution.
     """
-    norms = [name for name, child in parent._modules.items() if child is not None and _is_norm(child)]
+    norms = [name for name, child in children_of(parent).items() if _is_norm(child)]
     if not norms:
         return [], {}
     if _is_conv_module(parent):

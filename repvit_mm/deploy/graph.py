@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compat.openmmlab import normalizes, reverses_channels
 from .metadata import Task
 from .operators import (
     Size,
@@ -76,16 +77,15 @@ class Preprocess(nn.Module):
         if name not in known:
             raise ExportError(f'the data preprocessor {name} cannot be exported: expected one of {", ".join(known)}')
         options = {}
-        if preprocessor._enable_normalize:
+        if normalizes(preprocessor):
             options = {'mean': _three(preprocessor.mean), 'std': _three(preprocessor.std)}
         if name == 'SegDataPreProcessor':
             padding = preprocessor.test_cfg or {}
             options |= {'least': tuple(padding.get('size') or (0, 0)), 'value': preprocessor.pad_val}
             options['divisor'] = 1 if padding.get('size') else padding.get('size_divisor') or 1
-            rgb = preprocessor.channel_conversion
         else:
             options |= {'divisor': preprocessor.pad_size_divisor, 'value': preprocessor.pad_value}
-            rgb = preprocessor._channel_conversion
+        rgb = reverses_channels(preprocessor)
         if not rgb:  # the mean and the deviation are of the channels as the network gets them
             options |= {key: options[key][::-1] for key in ('mean', 'std') if key in options}
         return cls(**options, bgr=not rgb)

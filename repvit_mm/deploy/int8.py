@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from .evaluate import MismatchError, plain_datasets, put_file
+from .evaluate import MismatchError, put_file
 from .export import EXPORTERS, Options, build_graph, check_options, export, quiet, random_images
 from .graph import ExportError, Graph
-from .load import test_dataset, versions
+from .load import plain_datasets, test_dataset, versions
 from .metadata import KEY, FileInfo
 from .prediction import fit_image
 from .quantize import write_executorch, write_onnx, write_openvino
@@ -32,7 +32,7 @@ from .runtimes import Runtime, RuntimeFileError, has_bfloat16, open_file
 from .sensitivity import Sensitivity, measure
 from .structure import Layer
 from .timing import Spread, interleave
-from .verify import TOLERANCES, Difference, compare
+from .verify import TOLERANCES, Difference, compare, largest
 
 LIBRARIES = {
     'onnx': ('onnx', 'onnxruntime'),
@@ -274,7 +274,7 @@ def check_int8(
             for found in (reference.run(image), runtime.run(image))
         ]
         differences.append(compare(reference.info.task, *outputs, tolerance, limit))
-    worst = max(differences, key=lambda difference: (not difference.tolerated, difference.excess))
+    worst = largest(differences)
     if not worst.tolerated:
         raise ExportError(f'the int8 file is too far off the float file: {worst.text}')
     return worst
@@ -310,8 +310,8 @@ def calibration_images(cfg: Config, info: FileInfo, count: int) -> list[np.ndarr
     Raises:
         ExportError: if there are none.
     """
-    training = (cfg.get('train_dataloader') or {}).get('dataset')
-    for dataset in (next(plain_datasets(training), None) if training else None, test_dataset(cfg)):
+    training = (cfg.get('train_dataloader') or {}).get('dataset') or {}
+    for dataset in (next(plain_datasets(training))[1], test_dataset(cfg)):
         if images := dataset_images(dataset, cfg, info, count):
             return images
     raise ExportError(

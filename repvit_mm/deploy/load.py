@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -146,9 +146,18 @@ def class_names(cfg: Config, checkpoint: str | Path | None) -> tuple[tuple[str, 
 def test_dataset(cfg: Config) -> Any:
     """The config of the first plain data set that a config tests on; empty without any."""
     dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
-    while 'dataset' in dataset or 'datasets' in dataset:
-        dataset = dataset.dataset if 'dataset' in dataset else dataset.datasets[0]
-    return dataset
+    return next(plain_datasets(dataset))[1]
+
+
+def plain_datasets(dataset: Mapping[str, Any], name: str = '') -> Iterator[tuple[str, Any]]:
+    """Each plain data set's config inside wrappers such as ``RepeatDataset`` and ``ConcatDataset``, with its name."""
+    if 'datasets' in dataset:
+        for index, inner in enumerate(dataset['datasets']):
+            yield from plain_datasets(inner, f'{name}.datasets.{index}')
+    elif 'dataset' in dataset:
+        yield from plain_datasets(dataset['dataset'], f'{name}.dataset')
+    else:
+        yield name, dataset
 
 
 def resizing(cfg: Config) -> dict[str, Any]:

@@ -10,6 +10,9 @@ KEY = 'repvit_mm'
 
 Task = Literal['detection', 'segmentation', 'backbone']
 
+TASKS: dict[str, Task] = {'mmdet': 'detection', 'mmseg': 'segmentation'}
+"""Default scope of a config -> the task of its model."""
+
 
 class MetadataError(ValueError):
     """A text is not the description of an exported file; the message is one line that says why."""

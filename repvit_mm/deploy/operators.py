@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..compat.pytorch import scan
+
 Size = int | Tensor
 """A side in pixels: a number, or a tensor of no dimensions while a network is traced."""
 
@@ -200,8 +202,6 @@ def suppress_by_loop(boxes: Tensor, scores: Tensor, iou_threshold: float, limit:
 
 def suppress_by_scan(boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int) -> tuple[Tensor, Tensor]:
     """As :func:`suppress_by_loop`, in terms that ``torch.export`` keeps as one loop."""
-    from torch._higher_order_ops.scan import scan
-
     areas = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
     def step(scores: Tensor, _: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -16,6 +16,7 @@ import numpy as np
 import supervision as sv
 from PIL import Image
 
+from ..files import write_whole
 from .metadata import Task
 from .picture import Painter
 from .prediction import Detections, LabelMap, Prediction
@@ -98,7 +99,7 @@ class ResultFolder:
         name = self._new_name(source)
         self._keep(source, prediction, image.shape, f'{name}.png')
         picture = Path('pictures', f'{name}.png')
-        write(self.folder / picture, png(self.painter(image, prediction)))
+        write_whole(self.folder / picture, png(self.painter(image, prediction)))
         self._show(source, picture, self._summary(prediction))
 
     @contextmanager
@@ -153,7 +154,7 @@ class ResultFolder:
         if isinstance(prediction, LabelMap):
             path = Path('labels', label_file)
             (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
-            write(self.folder / path, label_png(prediction.labels, self.painter.colors))
+            write_whole(self.folder / path, label_png(prediction.labels, self.painter.colors))
             image['label_file'] = path.as_posix()
         else:
             for annotation in coco_annotations(prediction):
@@ -191,7 +192,7 @@ class ResultFolder:
         content = {'images': self._images, 'categories': categories}
         if detection:
             content['annotations'] = self._annotations
-        write(self.folder / 'predictions.json', json.dumps(content).encode())
+        write_whole(self.folder / 'predictions.json', json.dumps(content).encode())
 
     def _write_gallery(self) -> None:
         skipped = ''.join(f'<li>{html.escape(problem)}</li>' for problem in self.skipped)
@@ -203,7 +204,7 @@ class ResultFolder:
             '<input type="search" placeholder="Show what contains these words" aria-label="Filter">'
             f'<main>{"".join(self._figures)}</main>{skipped}<script>{FILTER}</script></body></html>'
         )
-        write(self.folder / 'index.html', page.encode())
+        write_whole(self.folder / 'index.html', page.encode())
 
 
 class H264Writer:
@@ -272,13 +273,3 @@ def label_png(labels: np.ndarray, colors: sv.ColorPalette) -> bytes:
     content = io.BytesIO()
     image.save(content, 'PNG')
     return content.getvalue()
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file that appears once it is whole."""
-    part = path.with_name(f'.{path.name}.part')
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

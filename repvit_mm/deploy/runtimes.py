@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..messages import one_line
 from .metadata import KEY, FileInfo, MetadataError
 
 INFO_FILE = f'{KEY}.json'
@@ -57,7 +58,7 @@ class Runtime(ABC):
         except MetadataError as error:
             raise RuntimeFileError(f'{path} cannot be used: {error}') from None
         except Exception as error:  # libraries raise anything at a damaged file
-            raise RuntimeFileError(f'{path} cannot be opened by {self.library}: {_one_line(error)}') from None
+            raise RuntimeFileError(f'{path} cannot be opened by {self.library}: {one_line(error, 200)}') from None
 
     @abstractmethod
     def _load(self, library: ModuleType) -> str | None:
@@ -84,7 +85,7 @@ class Runtime(ABC):
         try:
             parts = [self._run(images[start : start + batch]) for start in range(0, len(images), batch)]
         except Exception as error:
-            raise RuntimeFileError(f'{self.library} fails on {self.path}: {_one_line(error)}') from error
+            raise RuntimeFileError(f'{self.library} fails on {self.path}: {one_line(error, 200)}') from error
         return {name: _join(name, part) for name, part in zip(self.info.outputs, zip(*parts, strict=True), strict=True)}
 
     def _check(self, images: np.ndarray) -> None:
@@ -245,7 +246,7 @@ def import_library(name: str, path: Path) -> ModuleType:
     except ModuleNotFoundError:
         raise RuntimeFileError(f'{path} needs the package {package}: pip install {package}') from None
     except Exception as error:  # a library that does not fit another one may fail in any way
-        raise RuntimeFileError(f'{path} needs the package {package}, which fails: {_one_line(error)}') from None
+        raise RuntimeFileError(f'{path} needs the package {package}, which fails: {one_line(error, 200)}') from None
 
 
 def has_bfloat16(openvino: ModuleType) -> bool:
@@ -295,7 +296,3 @@ def _arrays(outputs: Any) -> list[np.ndarray]:
 def _text(content: str | bytes) -> str | None:
     """An extra file's content, ``None`` if the file was not there."""
     return (content.decode() if isinstance(content, bytes) else content) or None
-
-
-def _one_line(error: Exception) -> str:
-    return ' '.join(str(error).split())[:200] or type(error).__name__

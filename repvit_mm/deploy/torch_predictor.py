@@ -11,6 +11,7 @@ from mmengine.device import get_device
 from mmengine.registry import DefaultScope
 
 from .load import class_names, fuse_model, load_model, test_dataset
+from .metadata import TASKS
 from .prediction import Detections, LabelMap, Prediction
 
 
@@ -33,7 +34,7 @@ class ModelPredictor:
     def __init__(self, cfg: Config, checkpoint: str, fuse: bool = False, device: str | None = None) -> None:
         model = load_model(cfg, checkpoint)
         self.model = (fuse_model(model) if fuse else model).to(device or get_device())
-        self.task = 'segmentation' if cfg.default_scope == 'mmseg' else 'detection'
+        self.task = TASKS[cfg.default_scope]
         self.classes, self.palette = class_names(cfg, checkpoint)
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             self.pipeline = image_pipeline(test_dataset(cfg).pipeline)

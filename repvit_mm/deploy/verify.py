@@ -1,6 +1,6 @@
 """Whether two runs of one model give the same: what the framework computes, and how far a file's outputs are off."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat.mmcv import ties_in_order
+from ..compat.openmmlab import normalizes, reverses_channels
 from .masks import paste_masks
 from .metadata import Task
 
@@ -67,6 +68,11 @@ class Difference:
         return self.excess <= 1  # not a number is not
 
 
+def largest(differences: Iterable[Difference]) -> Difference:
+    """The largest of some differences; one that is not a number is the largest."""
+    return max(differences, key=lambda difference: (not difference.tolerated, difference.excess))
+
+
 @torch.inference_mode()
 def framework_outputs(model: nn.Module, task: Task, images: np.ndarray, logits: bool = False) -> dict[str, np.ndarray]:
     """What MMDetection or MMSegmentation itself predicts, in the form of a file's outputs.
@@ -98,9 +104,9 @@ def framework_outputs(model: nn.Module, task: Task, images: np.ndarray, logits: 
 def normalize(model: nn.Module, image: Tensor) -> Tensor:
     """One BGR image ``(3, H, W)`` as a model's data preprocessor normalizes it, without padding."""
     preprocessor = model.data_preprocessor
-    if getattr(preprocessor, 'channel_conversion', getattr(preprocessor, '_channel_conversion', False)):
+    if reverses_channels(preprocessor):
         image = image.flip(0)
-    if getattr(preprocessor, '_enable_normalize', False):
+    if normalizes(preprocessor):
         image = (image - preprocessor.mean) / preprocessor.std
     return image
 
