@@ -13,6 +13,8 @@ __all__ = [
     'FuseOnDeployHook',
     'MobileOne',
     'RepViT',
+    'RepViTRoadmap',
+    'RepViTRoadmapClassifier',
     'ResumableCheckpointHook',
     'ResumableIterBasedTrainLoop',
     'switch_to_deploy',
@@ -30,6 +32,7 @@ if not _missing:
     from .reparam import switch_to_deploy
     from .repvit import RepViT
     from .resume import ResumableCheckpointHook, ResumableIterBasedTrainLoop
+    from .roadmap import RepViTRoadmap, RepViTRoadmapClassifier
 
     offer_configs(__name__, f'{__name__}.repvit')
 

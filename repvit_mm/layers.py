@@ -197,12 +197,13 @@ class NormLinear(ReparamBlock):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
+        bias: Whether the linear layer has a bias.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = False) -> None:
         super().__init__(stride=1, padding=0, groups=1)
         self.norm = nn.BatchNorm2d(in_channels)
-        self.linear = ChannelLinear(in_channels, out_channels, bias=False)
+        self.linear = ChannelLinear(in_channels, out_channels, bias=bias)
 
     def branches(self, x: Tensor) -> Tensor:
         return self.linear(self.norm(x))
