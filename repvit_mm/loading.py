@@ -300,7 +300,7 @@ def advice(network: 'ReparamBackbone', given: Given) -> str | None:
             return f'it holds another network (its first tensor is {next(iter(given.tensors))})'
         return None
     family, archs, form = found
-    if not isinstance(network, family):
+    if network.specs is not family.specs:  # not by the class: a step of repvit_mm.roadmap is a RepViT too
         name = family.__name__
         return f"it holds {name} {archs[0]}: set type='{name}', arch={archs[0]!r} or take another file"
     if network.spec not in [network.specs[arch] for arch in archs]:

@@ -28,9 +28,9 @@ MOBILENETV3_BLOCKS = (
     ((80, 240), (80, 200), (80, 184), (80, 184), (112, 480), (112, 672)),
     ((160, 672), (160, 960), (160, 960)),
 )
-"""Output and hidden channels of MobileNetV3-L's blocks behind the stem, by stage; the first of stages 1 to 3 has stride 2.
+"""Output and hidden channels of each of MobileNetV3-L's blocks behind the stem, stage by stage.
 
-Source: https://arxiv.org/abs/1905.02244, table 1.
+The first block of stages 1 to 3 has stride 2. Source: https://arxiv.org/abs/1905.02244, table 1.
 """
 
 CHOICES = {
@@ -367,8 +367,10 @@ class RepViTRoadmap(RepViT):
     top1: ClassVar = {}
 
     def __init__(self, step: str | Mapping[str, Any] = 'se', **options: Any) -> None:
-        if isinstance(step, str):
+        if not isinstance(step, Mapping):
             check_choice('step', step, list(self.specs))
+        if 'arch' in options:
+            raise TypeError(f"{type(self).__name__} takes no option 'arch': the nearest is 'step'")
         super().__init__(step, **options)
 
     def options(self) -> dict[str, Any]:
@@ -382,9 +384,7 @@ class RepViTRoadmap(RepViT):
         return self.spec.downsampling == 'deep' and index < 3
 
     def _stage_lengths(self) -> list[int]:
-        return [
-            depth + (index > 0) + self._ends_in_downsampling(index) for index, depth in enumerate(self.spec.depths)
-        ]
+        return [depth + (index > 0) + self._ends_in_downsampling(index) for index, depth in enumerate(self.spec.depths)]
 
     def _make_stage(self, index: int, drop_path_rates: Sequence[float]) -> list[nn.Module]:
         spec = self.spec

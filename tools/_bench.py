@@ -1,5 +1,6 @@
 """What the benchmark measures and reports with: interleaved times, memory, multiply-accumulates, tables and files."""
 
+import argparse
 import json
 import os
 import platform
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from repvit_mm.compat.pytorch import BatchNorm
-from repvit_mm.deploy.timing import Run
+from repvit_mm.deploy.timing import Run, Spread
+from repvit_mm.messages import one_line
 from repvit_mm.specs import Top1
 
 DISTRIBUTIONS = (
@@ -28,6 +31,80 @@ DISTRIBUTIONS = (
 
 MATRIX_SIZE = {'cpu': 2048, 'cuda': 8192}
 """Side of the matrices that are multiplied for the roofline: large enough that the arithmetic is all that counts."""
+
+SMALLEST_SIDE = 32
+
+
+def add_options(
+    parser: argparse.ArgumentParser, size: Sequence[int] | None, rounds: int, folder: str, outputs: str = 'COMMAND'
+) -> None:
+    """The options that all measurements share.
+
+    Args:
+        parser: Gets them.
+        size: Height and width unless given, or one number for both; ``None`` for a config's.
+        rounds: Counted rounds unless given.
+        folder: Where results go unless said otherwise.
+        outputs: What the results' files are called.
+    """
+    shown = "the config's" if size is None else size[0]
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs='+',
+        default=size,
+        metavar='PIXELS',
+        help=f'height and width, or one number for both (default: {shown})',
+    )
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--rounds', type=int, default=rounds, help='rounds that count (default: %(default)s)')
+    parser.add_argument('--threads', type=int, help="processor threads (default: torch's)")
+    parser.add_argument(
+        '--out-dir',
+        type=Path,
+        default=Path(folder),
+        metavar='DIR',
+        help=f'folder for {outputs}.json and {outputs}.png (default: %(default)s)',
+    )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Exit with one line if something cannot be measured as asked for."""
+    if args.size is not None and (len(args.size) > 2 or min(args.size) < SMALLEST_SIDE):
+        sys.exit(f'--size {" ".join(map(str, args.size))}: expected height and width, at least {SMALLEST_SIDE} each')
+    for name in ('batch', 'rounds', 'threads'):
+        values = getattr(args, name, None)
+        if values is not None and min(values if isinstance(values, list) else [values]) < 1:
+            sys.exit(f'--{name}: expected a positive number')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        sys.exit('--device cuda: torch finds no GPU here; --device cpu measures the processor')
+    if args.size is not None:
+        args.size = (args.size[0], args.size[-1])
+
+
+def set_up(args: argparse.Namespace) -> torch.device:
+    """Threads and precision as asked for; the device."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    # Convolutions and matrix products in the same precision: by itself torch lets only the former have TF32.
+    tf32 = getattr(args, 'dtype', None) == 'tf32'
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = True
+    try:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f'--out-dir {args.out_dir} cannot be made: {one_line(error)}')
+    return torch.device(args.device)
+
+
+def times(measured: Spread, first: Spread, batch: int) -> dict[str, Any]:
+    """The fields of a row that say how long it took, also in terms of the first candidate."""
+    return {
+        'ms': 1000 * measured.median,
+        'quartiles_ms': [1000 * measured.lower, 1000 * measured.upper],
+        'images_per_s': batch / measured.median,
+        'times_first': measured.median / first.median,
+    }
 
 
 def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Run, int]:
@@ -172,12 +249,14 @@ def write_json(path: Path, machine: Mapping[str, Any], settings: Mapping[str, An
     """Everything that was measured, with the command, the settings and the machine it was measured on."""
     command = shlex.join([Path(sys.executable).name, *sys.argv])
     everything = {'command': command, 'machine': machine, 'settings': settings, **content}
-    path.write_text(json.dumps(everything, indent=2) + '\n')
+    path.write_text(json.dumps(everything, indent=2, default=str) + '\n')
 
 
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     'batch': ('batch', str),
     'route': ('', str),
+    'top1': ('top-1, %\n(paper)', str),
+    'phone_ms': ('phone, ms\n(paper)', lambda value: f'{value:.2f}'),
     'parameters': ('parameters\nM', lambda number: f'{number / 1e6:.2f}'),
     'macs': ('MACs\nG an image', lambda number: f'{number / 1e9:.2f}'),
     'ms': ('median\nms', lambda value: f'{value:.2f}'),
@@ -286,4 +365,63 @@ def draw_bars(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None
         axis.set_xticks(range(len(groups)), [f'{name}, batch {batch}'.replace(' ', '\n', 1) for name, batch in groups])
         axis.margins(y=0.12)
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper')
+    figure.savefig(path, dpi=120)
+
+
+SIDES = (
+    (1, 0, 'left', 'center'),
+    (-1, 0, 'right', 'center'),
+    (0, 1, 'center', 'bottom'),
+    (0, -1, 'center', 'top'),
+    (0.7, 0.7, 'left', 'bottom'),
+    (0.7, -0.7, 'left', 'top'),
+    (-0.7, 0.7, 'right', 'bottom'),
+    (-0.7, -0.7, 'right', 'top'),
+)
+"""Where a label may stand beside its point: across and up, and which of its edges that is."""
+
+
+def label_points(axis: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write each point's label beside it, where it covers no point and no other label, if there is such a place.
+
+    Args:
+        axis: Of a figure whose limits and size are final.
+        points: Place in the axis's units, label and colour.
+    """
+    from matplotlib.transforms import Bbox
+
+    radius = axis.figure.dpi / 15
+    taken = [Bbox([place - radius, place + radius]) for place in axis.transData.transform([p[:2] for p in points])]
+    for x, y, label, colour in points:
+        text = axis.annotate(label, (x, y), (0, 0), textcoords='offset points', fontsize='small', color=colour)
+        text.set_bbox(dict(facecolor='white', edgecolor='none', alpha=0.7, pad=0.5))
+        for distance, (across, up, edge, side) in product((7, 14, 21), SIDES):
+            text.xyann = distance * across, distance * up
+            text.set(ha=edge, va=side)
+            box = text.get_window_extent()
+            inside = axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+
+
+def draw_road(path: Path, conditions: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Accuracy of each step against its latency, on the paper's phone and here; a step without one stands below."""
+    figure, axes = new_figure('From MobileNetV3-L to RepViT', 2)
+    known = [row for row in rows if row['top1'] is not None]
+    floor = min(row['top1'] for row in known) - 1
+    panels = {'phone_ms': "the paper's phone, an iPhone 12", 'ms': f'this machine: {conditions}'}
+    for axis, (field, title) in zip(axes, panels.items(), strict=True):
+        axis.plot([row[field] for row in known], [row['top1'] for row in known], color='lightgrey', zorder=0)
+        points = []
+        for number, row in enumerate(rows, 1):
+            colour = f'C{number - 1}'
+            height, face, note = (row['top1'], colour, '') if row in known else (floor, 'none', ' (accuracy not given)')
+            axis.scatter(row[field], height, s=30, facecolor=face, edgecolor=colour, zorder=2)
+            points.append((row[field], height, f'{number} {row["title"]}{note}', colour))
+        axis.set(title=title, xlabel='latency, ms', ylabel="ImageNet top-1, % (the paper's)")
+        axis.grid(alpha=0.3)
+        axis.margins(x=0.15, y=0.12)
+        figure.draw_without_rendering()
+        label_points(axis, points)
     figure.savefig(path, dpi=120)

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from _bench import (
+    add_options,
     autocast,
+    check_arguments,
     count_macs,
     count_parameters,
     describe_machine,
@@ -23,7 +25,9 @@ from _bench import (
     peak_bytes,
     relative_error,
     saved_bytes,
+    set_up,
     show,
+    times,
     write_json,
 )
 from _launch import check_checkpoint, read_config
@@ -59,8 +63,6 @@ In float32 rounding carries a few activations across the kink of a ReLU, which a
 
 CHECKED_SIDE = 64
 """Of the image on which gradients are compared: convolutions in float64 are slow."""
-
-SMALLEST_SIDE = 32
 
 OBJECTS = 7
 """Annotated objects in each synthetic image of a detector, about COCO's mean."""
@@ -107,45 +109,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                 metavar='ARCH',
                 help='variants, as m1_1 or RepViT:m1_1 (default: all of published accuracy)',
             )
-        shown = "the config's" if size is None else size[0]
-        command.add_argument(
-            '--size',
-            type=int,
-            nargs='+',
-            default=size,
-            metavar='PIXELS',
-            help=f'height and width, or one number for both (default: {shown})',
-        )
         command.add_argument('--batch', type=int, nargs='+', default=batch, metavar='N', help=f'default: {batch}')
-        command.add_argument(
-            '--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu'
-        )
-        command.add_argument('--rounds', type=int, default=10, help='rounds that count (default: %(default)s)')
-        command.add_argument('--threads', type=int, help="processor threads (default: torch's)")
-        command.add_argument(
-            '--out-dir',
-            type=Path,
-            default=Path('work_dirs/benchmark'),
-            metavar='DIR',
-            help='folder for COMMAND.json and COMMAND.png (default: %(default)s)',
-        )
+        add_options(command, size, rounds=10, folder='work_dirs/benchmark')
     args = parser.parse_args(argv)
     check_arguments(args)
     return args
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Exit with one line if something cannot be measured as asked for."""
-    if args.size is not None and (len(args.size) > 2 or min(args.size) < SMALLEST_SIDE):
-        sys.exit(f'--size {" ".join(map(str, args.size))}: expected height and width, at least {SMALLEST_SIDE} each')
-    for name in ('batch', 'rounds', 'threads'):
-        values = getattr(args, name)
-        if values is not None and min(values if isinstance(values, list) else [values]) < 1:
-            sys.exit(f'--{name}: expected a positive number')
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        sys.exit('--device cuda: torch finds no GPU here; --device cpu measures the processor')
-    if args.size is not None:
-        args.size = (args.size[0], args.size[-1])
 
 
 def registered() -> dict[str, tuple[type[ReparamBackbone], str]]:
@@ -188,31 +156,6 @@ def build(name: str, device: torch.device, **options: Any) -> nn.Module:
     network = cls(arch, **options)
     make_trained_like(network, torch.randn(2, 3, 128, 128))
     return network.to(device)
-
-
-def set_up(args: argparse.Namespace) -> torch.device:
-    """Threads and precision as asked for; the device."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    # Convolutions and matrix products in the same precision: by itself torch lets only the former have TF32.
-    tf32 = getattr(args, 'dtype', None) == 'tf32'
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.cudnn.benchmark = True
-    try:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        sys.exit(f'--out-dir {args.out_dir} cannot be made: {one_line(error)}')
-    return torch.device(args.device)
-
-
-def times(measured: Spread, first: Spread, batch: int) -> dict[str, Any]:
-    """The fields of a row that say how long it took, also in terms of the first candidate."""
-    return {
-        'ms': 1000 * measured.median,
-        'quartiles_ms': [1000 * measured.lower, 1000 * measured.upper],
-        'images_per_s': batch / measured.median,
-        'times_first': measured.median / first.median,
-    }
 
 
 def benchmark_backbone(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -510,8 +453,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         content = COMMANDS[args.command](args, device)
     except (WrongRoute, CheckpointError) as error:
         sys.exit(str(error))
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    write_json(args.out_dir / f'{args.command}.json', machine, settings, content)
+    write_json(args.out_dir / f'{args.command}.json', machine, vars(args), content)
     print(f'{args.out_dir / args.command}.json, {args.out_dir / args.command}.png')
 
 
