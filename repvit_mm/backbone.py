@@ -246,7 +246,7 @@ class ReparamBackbone(BaseModule, ABC):
         fields = list(inspect.signature(cls.spec_type).parameters)
         for name in arch:
             check_choice('field of arch', name, fields)
-        values = {name: tuple(v) if isinstance(v, Sequence) else v for name, v in arch.items()}
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in arch.items()}
         try:
             return cls.spec_type(**values)
         except TypeError as error:
