@@ -363,7 +363,7 @@ class RepViTRoadmap(RepViT):
 
     specs = ROADMAP
     spec_type = RoadmapSpec
-    # Accuracies of one network in several forms; the benchmark asks for those of networks to deploy.
+    # Of networks to deploy, which these are not; what the paper measured is in STEPS.
     top1: ClassVar = {}
 
     def __init__(self, step: str | Mapping[str, Any] = 'se', **options: Any) -> None:
