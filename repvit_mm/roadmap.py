@@ -144,8 +144,8 @@ class Step(NamedTuple):
     phone_ms: float | None
 
 
-# Accuracy after 300 epochs without a teacher. The latencies of stage_ratio and kernel_size are those of arXiv v1; the
-# later versions have 0.91 and 0.89 there and the same elsewhere.
+# Accuracy after 300 epochs without a teacher. The latencies of stage_ratio and kernel_size are those of the paper's
+# first versions; the later ones have 0.91 and 0.89.
 STEPS = {
     'mobilenetv3': Step('MobileNetV3-L, GELU', {}, 71.5, 1.01),
     'mixers': Step('mixers apart', dict(mixers_apart=True), 68.3, 0.81),

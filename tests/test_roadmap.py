@@ -4,7 +4,7 @@ import importlib
 import json
 import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -238,6 +238,16 @@ class TestNetworks:
                 nn.init.ones_(module.weight)  # of a residual branch
         sum((m**2).sum() for m in network(torch.randn(8, 3, 64, 64))).backward()
         assert all(parameter.grad.abs().max() > 0 for parameter in network.parameters())
+
+    def test_spec_made_of_a_step_is_a_step(self):
+        """The paper's aside: the new widths on MobileNetV3's own block."""
+        with torch.device('meta'):
+            network = MODELS.build(
+                dict(type='RepViTRoadmap', step=asdict(replace(ROADMAP['width'], mixers_apart=False)))
+            )
+        blocks = [block for stage in network.stages for block in stage]
+        assert {type(block) for block in blocks} == {InvertedBottleneck}
+        assert all(2 * block.expand.conv.in_channels == block.expand.conv.out_channels for block in blocks)
 
     def test_unfused_tensors_are_fused_as_they_load(self):
         network = randomize(RepViTRoadmap(SMALL['apart'])).eval()

@@ -1,4 +1,4 @@
-"""What the benchmark measures and reports with: interleaved times, memory, multiply-accumulates, tables and files."""
+"""What the tools that measure share: options, times, memory, multiply-accumulates, tables, pictures and files."""
 
 import argparse
 import json
