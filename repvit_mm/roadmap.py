@@ -125,7 +125,7 @@ class RoadmapSpec:
             return False
         if self.se == 'alternate':
             return position >= 0 and position % 2 == 0
-        return stage in (1, 3) or (stage == 2 and position >= 3 / 5 * depth)
+        return stage in (1, 3) or (stage == 2 and 5 * position >= 3 * depth)
 
 
 class Step(NamedTuple):
