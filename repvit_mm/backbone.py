@@ -14,7 +14,8 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .compat.pytorch import BatchNorm, tree_of
+from .compat.pytorch import BatchNorm, has_hooks, tree_of
+from .layers import overwriting
 from .loading import FAMILIES, Found, find_backbone, fit
 from .names import Naming
 from .recompute import runs_eagerly
@@ -304,11 +305,12 @@ class ReparamBackbone(BaseModule, ABC):
         learns = torch.is_grad_enabled()
         if not runs_eagerly() or (learns and not self._runs_folded()):
             return self._maps(x)
-        if x.device.type == 'cpu':
-            return self._maps_in_channels_last(x) if self.channels_last else self._maps(x)
-        # With checkpointing, a block's second run has to do what its first one did.
-        with kernels_together(self) if learns and not self.with_cp else nullcontext():
-            return self._maps(x)
+        with overwriting(not any(map(has_hooks, tree_of(self)))):
+            if x.device.type == 'cpu':
+                return self._maps_in_channels_last(x) if self.channels_last else self._maps(x)
+            # With checkpointing, a block's second run has to do what its first one did.
+            with nullcontext() if learns and self.with_cp else kernels_together(self):
+                return self._maps(x)
 
     def _maps_in_channels_last(self, x: Tensor) -> tuple[Tensor, ...]:
         """The maps in the input's memory format, computed in channels_last.

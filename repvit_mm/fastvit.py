@@ -5,14 +5,17 @@ Source: https://arxiv.org/abs/2303.14189.
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .backbone import ReparamBackbone
+from .compat.pytorch import is_transforming
 from .layers import (
     GELU,
     ChannelLinear,
@@ -84,7 +87,9 @@ class Attention(nn.Module):
         heads = self.qkv(x).flatten(2).unflatten(1, (3, -1, HEAD_CHANNELS))
         # Contiguous, (N, heads, H * W, 32): the kernels that keep no H * W x H * W weights take nothing else.
         query, key, value = heads.transpose(-2, -1).contiguous().unbind(1)
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        # The fused kernels have no forward derivative and no rule for vmap.
+        with sdpa_kernel(SDPBackend.MATH) if is_transforming() else nullcontext():
+            mixed = F.scaled_dot_product_attention(query, key, value)
         return add_residual(x, self.drop_path(self.project(mixed.transpose(-2, -1).reshape(x.shape))))
 
 

@@ -1,5 +1,9 @@
 """What the backbones are built from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -113,30 +117,51 @@ class Conv1x1(nn.Conv2d):
         return super().forward(x) if recipe_of(x) is None else convolve(x, self.weight, self.bias, 1, 0, 1)
 
 
+_OVERWRITING = ContextVar('overwriting', default=False)
+
+
+@contextmanager
+def overwriting(allowed: bool) -> Iterator[None]:
+    """Within the context activations and residual sums may overwrite their operand, which saves fresh memory.
+
+    Args:
+        allowed: ``False`` where somebody else may still hold the operand: a hook that saw it.
+    """
+    token = _OVERWRITING.set(allowed)
+    try:
+        yield
+    finally:
+        _OVERWRITING.reset(token)
+
+
+def overwrites() -> bool:
+    """Whether an operand may be overwritten here: :func:`overwriting` allows it and no gradient is recorded."""
+    return runs_eagerly() and not torch.is_grad_enabled() and _OVERWRITING.get()
+
+
 class GELU(nn.GELU):
-    """Exact GELU; where no gradient is recorded it overwrites its input, which nothing else may use."""
+    """Exact GELU that may overwrite its input, see :func:`overwriting`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return recomputable(F.gelu, x) if torch.is_grad_enabled() or not runs_eagerly() else gelu_(x)
+        return gelu_(x) if overwrites() else recomputable(F.gelu, x)
 
 
 class ReLU(nn.ReLU):
-    """ReLU; where no gradient is recorded it overwrites its input, which nothing else may use.
+    """ReLU that may overwrite its input, see :func:`overwriting`.
 
     Autograd keeps the output of a ReLU, which is what the convolution behind it keeps too. So it is computed again in
     the backward pass only where its input is: behind a depthwise convolution, say, but not behind a 1x1 one.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() and runs_eagerly():
+        if overwrites():
             return torch.relu_(x)
         return F.relu(x) if recipe_of(x) is None else recomputable(F.relu, x)
 
 
 def add_residual(x: Tensor, branch: Tensor) -> Tensor:
-    """``x + branch``; where no gradient is recorded it overwrites ``branch``, which nothing else may use."""
-    overwrites = not torch.is_grad_enabled() and runs_eagerly() and branch.dtype is x.dtype
-    return branch.add_(x) if overwrites else x + branch
+    """``x + branch``, which may overwrite ``branch``, see :func:`overwriting`."""
+    return branch.add_(x) if overwrites() and branch.dtype is x.dtype else x + branch
 
 
 class SqueezeExcite(nn.Module):

@@ -296,7 +296,7 @@ def advice(network: 'ReparamBackbone', given: Given) -> str | None:
             return cure
     found = identify(given.by_any_name)
     if found is None:
-        if network.naming.origin_of(given.tensors) is None:
+        if network.naming.origin_of(given.tensors) is None and not own.keys() & given.tensors.keys():
             return f'it holds another network (its first tensor is {next(iter(given.tensors))})'
         return None
     family, archs, form = found

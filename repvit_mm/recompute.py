@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-from .compat.pytorch import WeakTensorKeyDictionary, conv_backward, version
+from .compat.pytorch import WeakTensorKeyDictionary, conv_backward, is_transforming, version
 
 Function = Callable[..., Tensor]
 
@@ -83,8 +83,10 @@ def leave(x: Tensor, recipe: Recipe) -> Tensor:
 
 
 def runs_eagerly() -> bool:
-    """Whether operations run one by one as they are called, and are not being compiled, traced or exported."""
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting())
+    """Whether operations run one by one as they are called: nothing compiles, traces, exports or transforms them."""
+    return not (
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting() or is_transforming()
+    )
 
 
 def recomputable(function: Function, x: Tensor, *others: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ its equivalent kernel as a differentiable function of its own parameters. Three 
 """
 
 import copy
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .compat.pytorch import BatchNorm, NotifiedModule, tensors_of, tree_of, version
+from .compat.pytorch import BatchNorm, has_hooks, tensors_of, tree_of
 from .recompute import convolve, runs_eagerly
 
 
@@ -122,28 +121,35 @@ def fold_norm_before(norm: BatchNorm, kernel: Kernel) -> Kernel:
 
 
 class KeptKernel:
-    """A kernel and the state of the tensors that it was computed from.
+    """A kernel and copies of what it was computed from.
+
+    Version counters would be cheaper to compare, but nothing that writes through ``tensor.data`` moves them: EMA's
+    swaps, fused optimizers, ``vector_to_parameters``, NumPy views.
 
     Args:
         kernel: The kernel.
         tensors: All parameters and buffers that it depends on.
+        epsilons: Those of the block's norms.
     """
 
-    def __init__(self, kernel: Kernel, tensors: list[Tensor]) -> None:
+    def __init__(self, kernel: Kernel, tensors: list[Tensor], epsilons: list[float]) -> None:
         self.kernel = kernel
-        self.tensors = tensors
-        self.versions = [version(tensor) for tensor in tensors]
+        self.copies = [tensor.clone() for tensor in tensors]
+        self.epsilons = epsilons
 
-    def is_of(self, tensors: list[Tensor]) -> bool:
-        """Whether these are the very tensors, unchanged as far as their version counters tell."""
+    def is_of(self, tensors: list[Tensor], epsilons: list[float]) -> bool:
+        """Whether the kernel is that of these tensors: every element is compared."""
         return (
-            len(tensors) == len(self.tensors)
-            and all(map(operator.is_, tensors, self.tensors))
-            and [version(tensor) for tensor in tensors] == self.versions
+            epsilons == self.epsilons
+            and len(tensors) == len(self.copies)
+            and all(
+                tensor.dtype == copied.dtype and tensor.device == copied.device and torch.equal(tensor, copied)
+                for tensor, copied in zip(tensors, self.copies, strict=True)
+            )
         )
 
 
-class ReparamBlock(NotifiedModule, ABC):
+class ReparamBlock(nn.Module, ABC):
     """Linear branches and BatchNorms that together equal one convolution.
 
     A subclass states the function twice: :meth:`branches` runs it as it is trained, :meth:`equivalent_kernel` gives
@@ -185,31 +191,35 @@ class ReparamBlock(NotifiedModule, ABC):
         )
 
     def runs_folded(self) -> bool:
-        """Whether :meth:`forward` runs one convolution, not the branches."""
-        return self.folds and self.statistics_frozen()
+        """Whether :meth:`forward` runs one convolution, not the branches.
+
+        A hook on a module inside the block has to see that module called, or may give it another weight.
+        """
+        if not (self.folds and self.statistics_frozen()):
+            return False
+        return not (runs_eagerly() and any(map(has_hooks, tree_of(self)[1:])))
 
     def kernel(self) -> Kernel:
         """:meth:`equivalent_kernel`, computed once for as long as no gradient flows into it and nothing has changed.
 
-        Changes are noticed by the identity and the version counters of all parameters and buffers. An optimizer or an
-        average that writes past those counters goes unnoticed only between two passes without gradients in one and
-        the same mode: a pass with gradients, ``train()``, ``eval()``, ``load_state_dict()`` and ``to()`` drop what is
-        kept.
+        On a CPU, that is. On a GPU comparing takes longer than computing, see :func:`kernels_together`.
         """
         if self._shared is not None:
             return self._shared
         if not runs_eagerly():
             return self.equivalent_kernel()
-        tensors = list(tensors_of(self))
+        tensors = [tensor for tensor in tensors_of(self) if tensor.is_floating_point()]
         learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        if learns or any(tensor.is_inference() for tensor in tensors):  # the latter have no version counters
+        if learns or any(tensor.device.type != 'cpu' for tensor in tensors):
             self._kept = None
             return self.equivalent_kernel()
-        if self._kept is None or not self._kept.is_of(tensors):
+        epsilons = [module.eps for module in tree_of(self) if isinstance(module, BatchNorm)]
+        kept = self._kept
+        if kept is None or not kept.is_of(tensors, epsilons):
             # What inference mode makes could not be used outside it.
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = KeptKernel(self.equivalent_kernel(), tensors)
-        return self._kept.kernel
+                kept = self._kept = KeptKernel(self.equivalent_kernel(), tensors, epsilons)
+        return kept.kernel
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.runs_folded():
@@ -217,18 +227,26 @@ class ReparamBlock(NotifiedModule, ABC):
         return convolve(x, *self.kernel(), self.stride, self.padding, self.groups, recomputes=self.recomputes)
 
     def train(self, mode: bool = True) -> 'ReparamBlock':
-        self._kept = None
+        self._kept = None  # its memory is not needed while branches run
         return super().train(mode)
-
-    def tensors_change(self) -> None:
-        self._kept = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_kept': None, '_shared': None}
 
     @torch.no_grad()
     def to_conv(self) -> nn.Conv2d:
-        """The block as a plain convolution of the same device, dtype and mode, folded in float64."""
+        """The block as a plain convolution of the same device, dtype and mode, folded in float64.
+
+        Raises:
+            ValueError: if a BatchNorm keeps no running statistics, or a hook computes a weight before each pass.
+        """
+        for name, module in self.named_modules():
+            for attribute, value in vars(module).items():
+                if isinstance(value, Tensor):  # no parameter and no buffer
+                    raise ValueError(
+                        f'a hook computes {name}.{attribute} of a {type(self).__name__} anew in each pass (pruning, '
+                        'weight norm): make it permanent before fusing, with torch.nn.utils.prune.remove or its like'
+                    )
         # A SyncBatchNorm's process group cannot be copied; the copy shares it.
         process_groups = [getattr(module, 'process_group', None) for module in self.modules()]
         twin = copy.deepcopy(self, {id(group): group for group in process_groups if group is not None})
@@ -272,7 +290,8 @@ def switch_to_deploy(model: nn.Module, blocks: Collection[ReparamBlock] | None =
         The same ``model``; only if it is itself a block, the convolution that takes its place.
 
     Raises:
-        ValueError: if a BatchNorm keeps no running statistics. Nothing is replaced then.
+        ValueError: if a BatchNorm keeps no running statistics, or a hook computes a weight (pruning). Nothing is
+            replaced then.
     """
     # Every kernel is computed before the first block is replaced; a block used in two places stays one convolution.
     convs = {block: block.to_conv() for block in (reparam_blocks(model) if blocks is None else blocks)}
@@ -303,7 +322,7 @@ def equivalent_kernels(blocks: Iterable[ReparamBlock]) -> dict[ReparamBlock, Ker
     alike: dict[Any, list[ReparamBlock]] = {}
     for block in blocks:
         modules = tuple((type(module), getattr(module, 'eps', None)) for module in tree_of(block))
-        tensors = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors_of(block))
+        tensors = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in tensors_of(block))
         alike.setdefault((modules, tensors), []).append(block)
     kernels = {}
     for group in alike.values():
@@ -320,12 +339,8 @@ def equivalent_kernels(blocks: Iterable[ReparamBlock]) -> dict[ReparamBlock, Ker
 
 @contextmanager
 def kernels_together(model: nn.Module) -> Iterator[None]:
-    """Within the context the frozen blocks of ``model`` that learn use kernels computed together at its beginning."""
-    blocks = [
-        block
-        for block in reparam_blocks(model)
-        if block.runs_folded() and any(parameter.requires_grad for parameter in block.parameters())
-    ]
+    """Within the context the frozen blocks of ``model`` use kernels that are computed together at its beginning."""
+    blocks = [block for block in reparam_blocks(model) if block.runs_folded()]
     kernels = equivalent_kernels(dict.fromkeys(blocks))
     for block, kernel in kernels.items():
         block._kept, block._shared = None, kernel

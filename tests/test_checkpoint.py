@@ -19,6 +19,7 @@ from torch import nn
 
 from repvit_mm import RepViT, switch_to_deploy
 from repvit_mm.checkpoint import STATISTICS, TRUSTED, CheckpointError, download, read_checkpoint
+from repvit_mm.loading import shapes_of
 from repvit_mm.reparam import plain_formulation
 
 
@@ -174,6 +175,10 @@ class TestVerdict:
         first = next(name for name in build().state_dict())
         assert f'missing: 1 ({first})' in refused(build(), part)
         assert 'it holds another network' in refused(build(), {'conv1.weight': torch.zeros(1)})
+        own = build().state_dict()
+        some = {name: own[name] for name in list(own)[:7]}
+        missing = len(shapes_of(own)) - len(shapes_of(some))
+        assert f'tensors missing: {missing} ({list(own)[7]})' in refused(build(), some)
         for network, tensors in ((build(), {}), (Detector(build()), weights)):
             with pytest.raises(CheckpointError, match='it holds no tensor for it'):
                 network.load_state_dict(tensors, strict=False)

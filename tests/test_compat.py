@@ -13,7 +13,7 @@ from torch import nn
 import repvit_mm
 from repvit_mm.checkpoint import CheckpointError, cached
 from repvit_mm.compat.openmmlab import offer_configs
-from repvit_mm.compat.pytorch import NotifiedModule, refused_global, unpickling_reason
+from repvit_mm.compat.pytorch import has_hooks, is_transforming, refused_global, unpickling_reason
 
 
 class Payload:
@@ -76,22 +76,36 @@ def test_configs_of_a_package_can_be_inherited_from(tmp_path, monkeypatch):
     assert (cfg.a, cfg.b) == (1, 2)
 
 
-def test_module_is_told_before_its_tensors_change():
-    class Told(NotifiedModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(1, 1)
-            self.weights: list[torch.Tensor] = []
+def test_hooks_are_seen():
+    linear = nn.Linear(1, 1)
+    assert not has_hooks(linear)
+    kinds = [name for name in dir(linear) if name.startswith('register_') and name.endswith('_hook')]
+    kinds = [name for name in kinds if 'forward' in name or 'backward' in name]
+    assert len(kinds) >= 5
+    for kind in kinds:
+        linear = nn.Linear(1, 1)  # one with a hook of the old kind takes none of the new
+        handle = getattr(linear, kind)(lambda *_: None)
+        assert has_hooks(linear), kind
+        handle.remove()
+        assert not has_hooks(linear)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert has_hooks(linear)
+    handle.remove()
+    assert not has_hooks(linear)
 
-        def tensors_change(self) -> None:
-            self.weights.append(self.layer.weight.detach().clone())
 
-    told = Told()
-    nn.Sequential(told).double()
-    assert [weight.dtype for weight in told.weights] == [torch.float32]
-    state = {name: tensor + 1 for name, tensor in told.state_dict().items()}
-    told.load_state_dict(state)
-    assert torch.equal(told.weights[1] + 1, told.layer.weight)
+def test_transforms_are_seen():
+    def ask(x: torch.Tensor) -> torch.Tensor:
+        assert is_transforming()
+        return x
+
+    x = torch.ones(2)
+    torch.func.vmap(ask)(x)
+    torch.func.jvp(ask, (x,), (x,))
+    torch.func.grad(lambda x: ask(x).sum())(x)
+    with torch.autograd.forward_ad.dual_level():
+        assert is_transforming()
+    assert not is_transforming()
 
 
 def test_package_offers_its_own_configs():

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from repvit_mm import switch_to_deploy
@@ -411,12 +412,78 @@ def is_current(block: ReparamBlock, x: Tensor) -> bool:
             return relative_error(actual, block(x)) < TOLERANCE
 
 
-def change_past_version_counters(block: ReparamBlock) -> None:
-    """As EMA's swaps do, and fused optimizers."""
-    for name, tensor in block.state_dict().items():
-        version = tensor._version
-        tensor.data.mul_(1.5 if 'num_batches' not in name else 1)
-        assert tensor._version == version
+def write_elements(block: ReparamBlock, write: Callable[[Tensor], None]) -> None:
+    """Apply a write to each floating-point tensor of a block, and check that no version counter tells of it."""
+    for tensor in block.state_dict().values():
+        if tensor.is_floating_point():
+            version, before = tensor._version, tensor.clone()
+            write(tensor)
+            assert tensor._version == version and not torch.equal(tensor, before)
+
+
+def one_channel(tensor: Tensor) -> None:
+    tensor.data[-1].mul_(1.5)
+
+
+def through_numpy(tensor: Tensor) -> None:
+    tensor.detach().numpy()[...] *= 1.5
+
+
+def swap_channels(tensor: Tensor) -> None:
+    tensor.data.copy_(tensor.data.flip(0).clone() if len(tensor) > 1 else 1.5 * tensor.data)
+
+
+def through_a_vector(block: ReparamBlock) -> None:
+    vector = nn.utils.parameters_to_vector(block.parameters())
+    nn.utils.vector_to_parameters(1.5 * vector, block.parameters())
+
+
+def new_data(block: ReparamBlock) -> None:
+    for parameter in block.parameters():
+        parameter.data = 1.5 * parameter.data
+
+
+def one_element(block: ReparamBlock) -> None:
+    weight = next(block.parameters()).data
+    weight.view(-1)[-1] += 1e-3
+
+
+def with_low_rank(block: ReparamBlock) -> None:
+    """As LoRA does."""
+
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.more = nn.Parameter(torch.tensor(0.5).double())
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight + self.more
+
+    for module in list(block.modules()):
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            parametrize.register_parametrization(module, 'weight', Added())
+
+
+def pruned(block: ReparamBlock) -> None:
+    for module in list(block.modules()):
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            prune.random_unstructured(module, 'weight', 0.5)
+            module.weight_orig.data.mul_(1.5)
+
+
+WRITES = {
+    'one channel': lambda block: write_elements(block, one_channel),
+    'numpy': lambda block: write_elements(block, through_numpy),
+    'channels swapped': lambda block: write_elements(block, swap_channels),
+    'a vector': through_a_vector,
+    'new data': new_data,
+    'one element': one_element,
+    'low rank': with_low_rank,
+    'pruned': pruned,
+    'another kind': lambda block: nn.Sequential(block).to(torch.float64),
+    'assigned': lambda block: block.load_state_dict({n: 1.5 * t for n, t in block.state_dict().items()}, assign=True),
+}
+"""What can change a block and no version counter tells of."""
 
 
 class TestKeptKernel:
@@ -460,24 +527,22 @@ class TestKeptKernel:
         replace_norms(block, lambda channels: randomize(nn.BatchNorm2d(channels, eps=0.1).double()).eval())
         assert is_current(block, x)
 
-    @pytest.mark.parametrize(
-        'event',
-        [
-            lambda block: block.train().eval(),
-            lambda block: nn.Sequential(block).eval(),
-            lambda block: nn.Sequential(block).to('cpu', torch.float64),
-            lambda block: block.load_state_dict(block.state_dict()),
-            lambda block: nn.Sequential(block).load_state_dict(nn.Sequential(block).state_dict(), assign=True),
-            lambda block: block(torch.randn(1, 6, 3, 3).double()),
-        ],
-        ids=['train', 'eval', 'to', 'load_state_dict', 'load_state_dict_assign', 'pass_with_gradients'],
-    )
-    def test_dropped_at(self, block, x, event):
-        """Changes that no version counter tells of."""
+    @pytest.mark.parametrize('write', WRITES)
+    def test_no_write_goes_unnoticed(self, block, x, write):
         assert is_current(block, x)
-        change_past_version_counters(block)
-        assert not is_current(block, x), 'the check sees a kernel that is out of date'
-        event(block)
+        with torch.no_grad():
+            before = block(x)
+        WRITES[write](block)
+        assert is_current(block, x)
+        if write != 'another kind':
+            with torch.no_grad():
+                assert relative_error(block(x), before) > 1e-8, 'the write changes what the block computes'
+
+    @torch.no_grad()
+    def test_another_epsilon_is_noticed(self, block, x):
+        is_current(block, x)
+        for norm in norms(block):
+            norm.eps = 0.1
         assert is_current(block, x)
 
     def test_fused_optimizer(self, block, x):
@@ -494,7 +559,7 @@ class TestKeptKernel:
         for copied in (copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))):
             assert is_current(block, x)
             other = copied(block)
-            change_past_version_counters(other)
+            new_data(other)
             assert is_current(other, x) and is_current(block, x)
 
     def test_kernel_of_inference_mode_serves_outside_it(self, block, x, folds):
@@ -561,13 +626,49 @@ class TestManyKernels:
         block(x)
         assert len(folds) == 1
 
-    def test_live_and_frozen_blocks_are_left_alone(self, block, x, folds):
+    def test_live_blocks_are_left_alone(self, block, x, folds):
         block.train()
         with kernels_together(block):
             block(x)
-        block.eval().requires_grad_(False)
-        folds.clear()
-        with kernels_together(block):
+        assert bool(folds) == (not norms(block))
+
+    def test_blocks_that_do_not_learn_get_no_gradients(self, blocks):
+        for block in blocks[::2]:
+            block.requires_grad_(False)
+        for block, kernel in equivalent_kernels(blocks).items():
+            assert kernel.weight.requires_grad == any(p.requires_grad for p in block.parameters())
+
+
+class TestHooksInside:
+    """What is hooked to a module inside a block sees it called, frozen or not."""
+
+    @pytest.mark.parametrize('learning', [False, True])
+    def test_hook_is_called(self, block, x, learning):
+        for module in list(block.modules())[1:]:
+            if isinstance(module, nn.ModuleList):
+                continue
+            seen = []
+            handle = module.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
+            with torch.set_grad_enabled(learning):
+                output = block(x)
+                with plain_formulation(block):
+                    assert relative_error(output, block(x)) < TOLERANCE
+            assert len(seen) == 2 and relative_error(*seen) < TOLERANCE
+            handle.remove()
             block(x)
-            block(x)
-        assert len(folds) == 1, 'a kernel without gradients is kept'
+            assert len(seen) == 2
+
+    def test_weight_that_a_hook_computes_is_not_fused(self, block):
+        pruned(block)
+        before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+        with pytest.raises(ValueError, match=r'computes .*weight of a .*permanent'):
+            switch_to_deploy(nn.Sequential(block))
+        assert all(torch.equal(before[name], tensor) for name, tensor in block.state_dict().items())
+
+    def test_pruning_made_permanent_is_fused(self, block, x):
+        pruned(block)
+        expected = block(x)
+        for module in list(block.modules()):
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                prune.remove(module, 'weight')
+        assert relative_error(switch_to_deploy(block)(x), expected) < TOLERANCE

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as modules
 
 # The one class that all BatchNorms have in common, SyncBatchNorm and those of other dimensions too.
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
@@ -17,13 +19,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
     'BatchNorm',
-    'NotifiedModule',
     'WeakTensorKeyDictionary',
     'any_row_count',
     'children_of',
     'conv_backward',
     'draw_indices',
     'gelu_',
+    'has_hooks',
+    'is_transforming',
     'refused_global',
     'scan',
     'tensors_of',
@@ -33,22 +36,28 @@ __all__ = [
 ]
 
 
-class NotifiedModule(nn.Module):
-    """A module that is told when its tensors are moved, cast or loaded, for which torch has no common hook.
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks are registered that see a module's calls, or those of all modules; there is no public question."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or modules._global_forward_hooks
+        or modules._global_forward_pre_hooks
+        or modules._global_backward_hooks
+        or modules._global_backward_pre_hooks
+    )
 
-    A move or a cast changes neither the identity of a parameter nor its version.
+
+def is_transforming() -> bool:
+    """Whether a transform of ``torch.func`` (``vmap``, ``jvp``, ``grad``) or forward-mode differentiation is on.
+
+    An ``autograd.Function`` has to be written for each of them, and memory that is overwritten disturbs them.
     """
-
-    def tensors_change(self) -> None:
-        """Called before it happens."""
-
-    def _apply(self, *args: Any, **kwargs: Any) -> 'NotifiedModule':
-        self.tensors_change()
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self.tensors_change()
-        super()._load_from_state_dict(*args)
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def tree_of(module: nn.Module) -> list[nn.Module]:
