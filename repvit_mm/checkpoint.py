@@ -1,20 +1,16 @@
 """Checkpoints: reading them without running anything in them, and the verdict whether they fit a network."""
 
-import argparse
 import difflib
 import pickle
 import re
 import socket
-import zipfile
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.dist import barrier, get_rank
-from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
@@ -22,9 +18,7 @@ from .compat.openmmlab import replace_reader_of_addresses
 from .compat.pytorch import WeakTensorKeyDictionary, refused_global, unpickling_reason
 from .messages import one_line
 from .names import NAMINGS
-
-STATISTICS = ('min', 'max', 'current', 'mean')
-"""The methods of a ``HistoryBuffer`` that MMEngine's checkpoints refer to."""
+from .safe_globals import refused_attribute, safe_globals
 
 CONTAINERS = ('state_dict', 'model', 'state_dict_ema', 'model_ema', 'ema_state_dict')
 """Keys under which checkpoints keep their tensors, the preferred one first."""
@@ -56,40 +50,12 @@ _SOURCES: MutableMapping[Tensor, Source] = WeakTensorKeyDictionary()
 
 
 def trust(*files: str | Path) -> None:
-    """Let :func:`read_checkpoint` run the code in these files, because somebody said so on purpose."""
-    TRUSTED.update(str(Path(file).expanduser()) for file in files)
+    """Let the code in these files run as they are read, because you trust whoever made them.
 
-
-def history_getattr(owner: type, name: str) -> Callable:
-    """What ``getattr`` stands for in MMEngine's checkpoints: one of the four statistics of a ``HistoryBuffer``.
-
-    The real ``getattr`` reaches everything, so a file that may call it may do anything.
+    For every reader in this process: this package's, and MMEngine's with ``init_detector`` or ``load_from``. The tools
+    have ``--trust-checkpoint`` for it.
     """
-    if owner is not HistoryBuffer or name not in STATISTICS:
-        raise pickle.UnpicklingError(f'a checkpoint may not look up {name!r} of {owner!r}')
-    return getattr(HistoryBuffer, name)
-
-
-def refused_attribute(reason: str) -> str | None:
-    """What :func:`history_getattr` refused, if that is why a file could not be read: torch passes on its words."""
-    match = re.search(r'a checkpoint may not look up (.*)', reason)
-    return f'getattr of {match[1]}' if match else None
-
-
-def harmless_globals() -> list[Any]:
-    """What training metadata in checkpoints is made of, beyond what torch itself allows."""
-    reconstruct = np.zeros(1).__reduce__()[0]
-    scalar = np.float64(0).__reduce__()[0]
-    dtypes = {type(np.dtype(code)) for code in np.typecodes['All'] if code != 'O'}
-    # Files written next to NumPy 1 and 2 name the same functions differently.
-    functions = [
-        (function, f'numpy.{core}.multiarray.{function.__name__}')
-        for function in (reconstruct, scalar)
-        for core in ('core', '_core')
-    ]
-    # An empty array is written with a call of bytes; the authors keep their command line, a Namespace.
-    plain = [bytes, argparse.Namespace, HistoryBuffer, np.ndarray, np.dtype, *dtypes]
-    return [*plain, (history_getattr, 'builtins.getattr'), *functions]
+    TRUSTED.update(str(Path(file).expanduser().resolve()) for file in files)
 
 
 def read_checkpoint(filename: str | Path, map_location: Any = None) -> Any:
@@ -152,19 +118,19 @@ def read_safetensors(path: Path, map_location: Any) -> dict[str, Tensor]:
 def read_pickle(path: Path, map_location: Any) -> Any:
     """What a file of ``torch.save`` holds."""
     try:
-        with torch.serialization.safe_globals(harmless_globals()):
+        with torch.serialization.safe_globals(safe_globals()):
             return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        if str(path) in TRUSTED:
+        if str(path.resolve()) in TRUSTED:
             return read_trusted(path, map_location)
         reason = unpickling_reason(error)
         if what := refused_global(error) or refused_attribute(reason):
             raise CheckpointError(
-                f'checkpoint {path} refers to {what}, which may run code as it is read: '
-                'if you trust whoever made it, say so with --trust-checkpoint'
+                f'checkpoint {path} refers to {what}, which may run code as it is read: if you trust whoever made it, '
+                'say so with --trust-checkpoint, or in Python with repvit_mm.checkpoint.trust(file)'
             ) from None
         raise CheckpointError(f'checkpoint {path} is damaged or no checkpoint ({reason})') from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file may raise anything
         raise CheckpointError(f'checkpoint {path} is damaged or no checkpoint ({one_line(error, 120)})') from None
 
 

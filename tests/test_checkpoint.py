@@ -2,25 +2,29 @@
 
 import argparse
 import copy
+import datetime
 import os
 import pickle
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import pytest
 import torch
 from helpers import FAMILIES, TYPICAL, Golden, fuse_as_owners, image, largest_error
+from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from safetensors.torch import save_file
 from torch import nn
 
 from repvit_mm import RepViT, switch_to_deploy
-from repvit_mm.checkpoint import STATISTICS, TRUSTED, CheckpointError, download, read_checkpoint
+from repvit_mm.checkpoint import TRUSTED, CheckpointError, download, read_checkpoint, trust
 from repvit_mm.loading import shapes_of
 from repvit_mm.reparam import plain_formulation
+from repvit_mm.safe_globals import STATISTICS
 
 
 class Detector(nn.Module):
@@ -279,6 +283,37 @@ class TestReading:
         torch.save({'loss': HistoryBuffer()}, tmp_path / 'a.pth')
         assert [len(data) for data in read_checkpoint(str(tmp_path / 'a.pth'))['loss'].data] == [0, 0]
 
+    def test_plain_metadata_survives(self, tmp_path):
+        """What others keep beside their weights and what cannot do anything."""
+        counts = defaultdict(list, a=[1])
+        made = datetime.datetime(2024, 5, 6, 7, 8, tzinfo=datetime.timezone(datetime.timedelta(hours=2)))
+        config = ConfigDict(model=dict(type='RepViT', arch='m1_1'), steps=[1, 2])
+        torch.save(
+            dict(path=Path('runs/a'), other=PureWindowsPath('c:/b'), counts=counts, made=made, cfg=config, none=b''),
+            tmp_path / 'a.pth',
+        )
+        read = read_checkpoint(tmp_path / 'a.pth')
+        assert read == dict(
+            path=PurePosixPath('runs/a'),
+            other=PureWindowsPath('c:/b'),
+            counts={'a': [1]},
+            made=made,
+            cfg={'model': {'type': 'RepViT', 'arch': 'm1_1'}, 'steps': [1, 2]},
+            none=b'',
+        )
+        assert type(read['counts']) is dict and type(read['cfg']) is type(read['cfg']['model']) is dict
+
+    @pytest.mark.parametrize('reduced', [(bytes, (10**12,)), (int, ('1',)), (list, (b'abc',))], ids=str)
+    def test_builtin_types_are_not_called(self, tmp_path, reduced):
+        class Payload:
+            def __reduce__(self):
+                return reduced
+
+        torch.save({'a': Payload()}, tmp_path / 'a.pth')
+        with pytest.raises(CheckpointError, match='is damaged or no checkpoint') as error:
+            read_checkpoint(tmp_path / 'a.pth')
+        assert '\n' not in str(error.value)
+
     @pytest.mark.parametrize(
         ('reduced', 'named'),
         [
@@ -316,8 +351,10 @@ class TestReading:
                 return os.mkdir, (str(tmp_path / 'was_run'),)
 
         torch.save({'a': torch.zeros(1), 'meta': Payload()}, tmp_path / 'a.pth')
-        monkeypatch.setattr('repvit_mm.checkpoint.TRUSTED', {str(tmp_path / 'a.pth')})
-        assert read_checkpoint(tmp_path / 'a.pth')['a'] == 0
+        monkeypatch.setattr('repvit_mm.checkpoint.TRUSTED', set())
+        monkeypatch.chdir(tmp_path)
+        trust('a.pth')
+        assert CheckpointLoader.load_checkpoint(str(tmp_path / 'a.pth'))['a'] == 0
         assert (tmp_path / 'was_run').exists() and not TRUSTED
 
     def test_nothing_stays_allowed(self, tmp_path):
