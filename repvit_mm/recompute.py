@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-from .compat.pytorch import WeakTensorKeyDictionary, conv_backward, is_transforming, version
+from .compat.pytorch import (
+    WeakTensorKeyDictionary,
+    conv_backward,
+    conv_with_exact_bias,
+    is_transforming,
+    version,
+)
 
 Function = Callable[..., Tensor]
 
@@ -178,8 +184,7 @@ def _convolution_of(x: Tensor, options: tuple[int, int, int]) -> Function:
                 return F.conv2d(x, weight, bias, stride, padding, 1, groups)
             if groups > 1:
                 return F.conv2d(x.float(), weight.float(), bias.float(), stride, padding, 1, groups).to(dtype)
-            y = F.conv2d(x.to(dtype), weight.to(dtype), None, stride, padding)
-            return y.add_(bias.view(-1, 1, 1))
+            return conv_with_exact_bias(x.to(dtype), weight.to(dtype), bias.float(), stride, padding, groups)
 
     return forward
 

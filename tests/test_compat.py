@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import relative_error
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
 from torch import nn
@@ -13,7 +14,7 @@ from torch import nn
 import repvit_mm
 from repvit_mm.checkpoint import CheckpointError, cached
 from repvit_mm.compat.openmmlab import offer_configs
-from repvit_mm.compat.pytorch import has_hooks, is_transforming, refused_global, unpickling_reason
+from repvit_mm.compat.pytorch import conv_with_exact_bias, has_hooks, is_transforming, refused_global, unpickling_reason
 
 
 class Payload:
@@ -113,3 +114,23 @@ def test_package_offers_its_own_configs():
 
     assert MODULE2PACKAGE['repvit_mm'] == 'repvit_mm.repvit'
     assert Config.fromfile(Path(repvit_mm.__file__).parents[1] / 'configs/seg/fpn_repvit_m0_6_shapes.py').model
+
+
+@pytest.mark.parametrize(('groups', 'size'), [(1, 1), (1, 3), (8, 3)])
+def test_bias_is_added_before_the_sum_is_rounded(groups, size):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8, 40, 40, generator=generator).bfloat16()
+    weight = torch.randn(8, 8 // groups, size, size, generator=generator).bfloat16()
+    bias = torch.randn(8, generator=generator)
+    exact = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), 2, size // 2, 1, groups)
+
+    def offset(y: torch.Tensor) -> float:
+        """What every place of a channel is off by, the worst one's."""
+        return (y.double() - exact).mean((0, 2, 3)).abs().max().item()
+
+    y = conv_with_exact_bias(x, weight, bias, 2, size // 2, groups)
+    rounded = torch.nn.functional.conv2d(x, weight, bias.bfloat16(), 2, size // 2, 1, groups)
+    assert y.dtype is torch.bfloat16 and y.shape == exact.shape
+    assert relative_error(y, exact) < 4e-3
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert offset(y) < 0.5 * offset(rounded)

@@ -23,6 +23,7 @@ __all__ = [
     'any_row_count',
     'children_of',
     'conv_backward',
+    'conv_with_exact_bias',
     'draw_indices',
     'gelu_',
     'has_hooks',
@@ -88,6 +89,27 @@ def version(tensor: Tensor) -> int:
 def gelu_(x: Tensor) -> Tensor:
     """Exact GELU in place, which ``torch.nn.functional`` does not offer."""
     return torch.ops.aten.gelu_(x)
+
+
+def conv_with_exact_bias(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, groups: int) -> Tensor:
+    """A convolution in half precision whose bias is added in float32, before the sum is rounded.
+
+    ``torch.nn.functional.conv2d`` wants the bias in the dtype of the map. oneDNN adds a float32 one where it
+    accumulates; the operator that hands it over is what ``torch.compile`` uses. Elsewhere it is added to the map.
+
+    Args:
+        x: Map ``(N, C_in, H, W)``.
+        weight: Kernel ``(C_out, C_in / groups, kH, kW)``, in the dtype of the map.
+        bias: ``(C_out,)``, float32.
+        stride: Stride.
+        padding: Zero padding.
+        groups: Groups.
+    """
+    if x.device.type == 'cpu' and x.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pairs = [padding] * 2, [stride] * 2, [1, 1]
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *pairs, groups, 'none', [], '')
+    y = torch.nn.functional.conv2d(x, weight, None, stride, padding, 1, groups)
+    return y.add_(bias.view(-1, 1, 1))
 
 
 def conv_backward(
