@@ -55,7 +55,53 @@ model = dict(
 )
 """
 
-MODELS = {'retinanet': RETINANET, 'atss': ATSS, 'rtmdet': RTMDET, 'semantic_fpn': SEMANTIC_FPN}
+TWO_STAGE = """
+_base_ = 'mmdet::{base}_r50_fpn_1x_coco.py'
+custom_imports = dict(imports=['repvit_mm'])
+model = dict(
+    backbone={{backbone}},
+    neck=dict(in_channels={{channels}}, out_channels=16),
+    rpn_head=dict(in_channels=16, feat_channels=16),
+    roi_head=dict(bbox_roi_extractor=dict(out_channels=16, finest_scale=14)),
+    test_cfg=dict(rpn=dict(nms_pre=100, max_per_img=60), rcnn=dict(max_per_img=12)),
+)
+roi_head = model['roi_head']
+"""
+
+BOX_HEAD = "roi_head['bbox_head'] = dict(in_channels=16, fc_out_channels=32, num_classes=5)\n"
+
+BOX_HEADS = """
+roi_head['bbox_head'] = [
+    dict(
+        type='Shared2FCBBoxHead', in_channels=16, fc_out_channels=32, num_classes=5, reg_class_agnostic={agnostic},
+        bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=[0.1 / stage, 0.1 / stage, 0.2 / stage, 0.2 / stage]),
+        loss_cls=dict(type='CrossEntropyLoss'), loss_bbox=dict(type='SmoothL1Loss'),
+    )
+    for stage in (1, 2, 3)
+]
+"""
+
+MASK_HEAD = """
+roi_head['mask_roi_extractor'] = dict(out_channels=16, finest_scale=14)
+roi_head['mask_head'] = dict(in_channels=16, conv_out_channels=16, num_convs=1, num_classes=5)
+"""
+
+
+def two_stage(base: str, *heads: str) -> str:
+    """The text of a two-stage detector's config."""
+    return TWO_STAGE.format(base=base) + ''.join(heads)
+
+
+TWO_STAGES = {
+    'mask_rcnn': two_stage('mask_rcnn/mask-rcnn', BOX_HEAD, MASK_HEAD),
+    'faster_rcnn': two_stage('faster_rcnn/faster-rcnn', BOX_HEAD),
+    'cascade_mask_rcnn': two_stage(
+        'cascade_rcnn/cascade-mask-rcnn', BOX_HEADS.format(agnostic=True), MASK_HEAD
+    ),
+    'cascade_rcnn': two_stage('cascade_rcnn/cascade-rcnn', BOX_HEADS.format(agnostic=False)),
+}
+
+MODELS = {'retinanet': RETINANET, 'atss': ATSS, 'rtmdet': RTMDET, 'semantic_fpn': SEMANTIC_FPN, **TWO_STAGES}
 
 
 def small_config(model: str, family: str = 'repvit', **options: object) -> Config:
@@ -80,6 +126,11 @@ PREDICTORS = {
     'atss_reg': (0.0, 0.3),
     'rtm_reg': (0.5, 0.3),
     'conv_seg': (0.0, 1.0),
+    'rpn_cls': (0.0, 2.0),
+    'rpn_reg': (0.0, 0.5),
+    'fc_cls': (0.0, 2.0),
+    'fc_reg': (0.0, 1.0),
+    'conv_logits': (0.0, 3.0),
 }
 """Name of a head's last layer -> mean and deviation of what it puts out."""
 
@@ -105,21 +156,32 @@ def like_trained(model: nn.Module, images: Tensor | None = None) -> nn.Module:
         norm.train(images is not None)
     if images is None:
         return model
-    model(images, mode='tensor')
+    run(model, images)
     model.eval()
     for name, module in model.named_modules():
-        kind = next((kind for kind in PREDICTORS if kind in name and isinstance(module, nn.Conv2d)), None)
+        kind = next((kind for kind in PREDICTORS if kind in name and isinstance(module, nn.Conv2d | nn.Linear)), None)
         if kind:
             outputs: list[Tensor] = []
             handle = module.register_forward_hook(lambda *call, outputs=outputs: outputs.append(call[-1]))
-            model(images, mode='tensor')
+            run(model, images)
             handle.remove()
             values = torch.cat([output.transpose(0, 1).flatten(1) for output in outputs], dim=1)
             mean, deviation = PREDICTORS[kind]
             scale = deviation / values.std(dim=1)
-            module.weight *= scale[:, None, None, None]
+            module.weight *= scale.view(-1, *[1] * (module.weight.ndim - 1))
             module.bias.copy_((module.bias - values.mean(dim=1)) * scale + mean)
     return model
+
+
+def run(model: nn.Module, images: Tensor) -> None:
+    """Run a whole model on normalized images; a two-stage detector's heads need proposals, and so their samples."""
+    if hasattr(model, 'roi_head'):
+        from mmdet.structures import DetDataSample
+
+        meta = dict(img_shape=images.shape[-2:], ori_shape=images.shape[-2:], scale_factor=(1.0, 1.0))
+        model.predict(images, [DetDataSample(metainfo=meta) for _ in images], rescale=False)
+    else:
+        model(images, mode='tensor')
 
 
 def small_model(model: str, family: str = 'repvit', **options: object) -> nn.Module:

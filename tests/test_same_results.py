@@ -20,7 +20,7 @@ from repvit_mm.deploy.prediction import LabelMap
 from repvit_mm.deploy.results import coco_annotations
 from repvit_mm.deploy.torch_predictor import ModelPredictor
 
-MODELS = ('retinanet', 'rtmdet', 'semantic_fpn')
+MODELS = ('retinanet', 'rtmdet', 'mask_rcnn', 'semantic_fpn')
 SURE = 0.05
 
 
@@ -71,6 +71,12 @@ def assert_same(found, expected) -> None:
     assert np.array_equal(found.labels, expected.labels)
     assert np.abs(found.boxes - expected.boxes).max() < 0.5
     assert np.abs(found.scores - expected.scores).max() < 1e-3
+    assert (found.masks is None) == (expected.masks is None)
+    if expected.masks is not None:
+        assert expected.masks.any(axis=(1, 2)).mean() > 0.5, 'there is nothing to compare'
+        # The masks of random networks have many pixels on the threshold.
+        other, either = (found.masks ^ expected.masks).sum((1, 2)), (found.masks | expected.masks).sum((1, 2))
+        assert (other <= np.maximum(0.02 * either, 1)).all()
 
 
 @pytest.mark.slow

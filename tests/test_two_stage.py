@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL
 from mmengine.config import Config
+from small_models import TWO_STAGES, like_trained, small_config
 from torch import Tensor, nn
 
 pytest.importorskip('onnx')
@@ -30,41 +30,7 @@ from repvit_mm.deploy.verify import Tolerance, compare, framework_outputs, paste
 
 STRICT = Tolerance(boxes=0.1, scores=1e-4, masks=0.02)
 """The masks of random networks have many pixels on the threshold."""
-BACKBONE, ARCH = SMALL['repvit']
 
-HEADS = """
-_base_ = 'mmdet::_base_/models/{base}.py'
-default_scope = 'mmdet'
-model = dict(
-    backbone=dict(_delete_=True, type='{backbone}', arch={arch}),
-    neck=dict(in_channels={channels}, out_channels=16),
-    rpn_head=dict(in_channels=16, feat_channels=16),
-    roi_head=dict(bbox_roi_extractor=dict(out_channels=16, finest_scale=14)),
-    test_cfg=dict(rpn=dict(nms_pre=100, max_per_img=60), rcnn=dict(max_per_img=12)),
-)
-roi_head = model['roi_head']
-"""
-BOX_HEAD = "roi_head['bbox_head'] = dict(in_channels=16, fc_out_channels=32, num_classes=5)\n"
-BOX_HEADS = """
-roi_head['bbox_head'] = [
-    dict(
-        type='Shared2FCBBoxHead', in_channels=16, fc_out_channels=32, num_classes=5, reg_class_agnostic={agnostic},
-        bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=[0.1 / stage, 0.1 / stage, 0.2 / stage, 0.2 / stage]),
-        loss_cls=dict(type='CrossEntropyLoss'), loss_bbox=dict(type='SmoothL1Loss'),
-    )
-    for stage in (1, 2, 3)
-]
-"""
-MASK_HEAD = """
-roi_head['mask_roi_extractor'] = dict(out_channels=16, finest_scale=14)
-roi_head['mask_head'] = dict(in_channels=16, conv_out_channels=16, num_convs=1, num_classes=5)
-"""
-KINDS = {
-    'mask_rcnn': ('mask-rcnn_r50_fpn', BOX_HEAD + MASK_HEAD),
-    'faster_rcnn': ('faster-rcnn_r50_fpn', BOX_HEAD),
-    'cascade_mask_rcnn': ('cascade-mask-rcnn_r50_fpn', BOX_HEADS.format(agnostic=True) + MASK_HEAD),
-    'cascade_rcnn': ('cascade-rcnn_r50_fpn', BOX_HEADS.format(agnostic=False)),
-}
 SEESAW = dict(type='SeesawLoss', num_classes=5)
 POINTS = dict(type='MaskPointHead', num_classes=5, in_channels=16)
 GENERIC = dict(
@@ -74,45 +40,20 @@ GENERIC = dict(
     out_channels=16,
     featmap_strides=[4, 8, 16, 32],
 )
-PREDICTORS = {'rpn_cls': 2.0, 'rpn_reg': 0.5, 'fc_cls': 2.0, 'fc_reg': 1.0, 'conv_logits': 3.0}
-"""A head's last layer -> deviation of what it puts out."""
-
 
 def config(kind: str, **settings: object) -> Config:
-    """The config of a small detector of a kind."""
-    base, heads = KINDS[kind]
-    text = HEADS.format(base=base, backbone=BACKBONE.__name__, arch=ARCH, channels=list(ARCH['channels']))
-    cfg = Config.fromstring(text + heads, '.py')
+    """The config of a small detector of a kind, with some settings of its own."""
+    cfg = small_config(kind)
     cfg.merge_from_dict(settings)
     return cfg
-
-
-@torch.no_grad()
-def like_trained(model: nn.Module) -> nn.Module:
-    """Let each predictor of a random model tell places apart, and each norm have statistics of its own."""
-    for module in model.modules():
-        if getattr(module, 'running_mean', None) is not None:
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    for name, module in model.named_modules():
-        kind = name.rpartition('.')[2]
-        if kind in PREDICTORS:
-            outputs: list[Tensor] = []
-            handle = module.register_forward_hook(lambda *call, outputs=outputs: outputs.append(call[-1]))
-            framework_outputs(model, 'detection', noise(2))
-            handle.remove()
-            values = torch.cat([output.transpose(0, 1).flatten(1) for output in outputs], dim=1)
-            scale = PREDICTORS[kind] / values.std(dim=1)
-            module.weight *= scale.view(-1, *[1] * (module.weight.ndim - 1))
-            module.bias.copy_((module.bias - values.mean(dim=1)) * scale)
-    return model
 
 
 @cache
 def detector(kind: str, **settings: object) -> nn.Module:
     """A small detector, not fused."""
     torch.manual_seed(0)
-    return like_trained(build_model(config(kind, **settings)))
+    model = build_model(config(kind, **settings))
+    return like_trained(model, torch.from_numpy(noise(2) / 255 - 0.5))
 
 
 def noise(count: int, height: int = 96, width: int = 128, seed: int = 0) -> np.ndarray:
@@ -166,7 +107,7 @@ def assert_same_detections(model: nn.Module, runtime: Runtime, images: np.ndarra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', TWO_STAGES)
 @pytest.mark.parametrize('shape', [(1, 96, 128), (1, 97, 131), (3, 70, 90), (1, 32, 200), (2, 160, 160)])
 def test_file_is_the_frameworks_model(kind: str, folder: Path, shape: tuple[int, int, int]) -> None:
     assert assert_same_detections(*exported(kind, folder), noise(*shape, seed=shape[2])) > 0
@@ -300,7 +241,7 @@ def test_file_of_a_fixed_size(tmp_path: Path, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', TWO_STAGES)
 def test_operators_are_standard_and_written_out(kind: str, folder: Path) -> None:
     _, runtime = exported(kind, folder)
     model = onnx.load(runtime.path)

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from _launch import (
 from mmengine.config import Config, ConfigDict
 
 from repvit_mm.checkpoint import CheckpointError, trust
+from repvit_mm.compat.mmcv import ties_in_order
 from repvit_mm.deploy.evaluate import MismatchError, put_file
 from repvit_mm.deploy.load import plain_datasets
 from repvit_mm.deploy.metadata import TASKS
@@ -47,6 +49,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--show-dir', help='folder for pictures of the predictions')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
+    parser.add_argument(
+        '--ties-in-order',
+        action='store_true',
+        help='sort equal scores of a detector in the order of their indices, as exported files and GPUs do',
+    )
     add_common_arguments(parser)
     return parser.parse_args()
 
@@ -149,15 +156,17 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         show_predictions(cfg, args.show_dir)
     if args.tta:
         augment_tests(cfg)
+    if args.ties_in_order and cfg.default_scope != 'mmdet':
+        sys.exit('--ties-in-order is for a detector: a segmentor sorts nothing')
     hooks = ['WholeCheckpointHook', 'FuseOnDeployHook'] if args.fuse else ['WholeCheckpointHook']
     cfg.custom_hooks = [*cfg.get('custom_hooks', []), *(dict(type=hook) for hook in hooks)]
 
 
 def take_file(cfg: Config, args: argparse.Namespace) -> None:
     """Put an exported file into the config; exits with one line where the two do not fit."""
-    for option in ('fuse', 'tta'):
+    for option in ('fuse', 'tta', 'ties_in_order'):
         if getattr(args, option):
-            sys.exit(f'--{option} is for a checkpoint: {args.checkpoint} is an exported file')
+            sys.exit(f'--{option.replace("_", "-")} is for a checkpoint: {args.checkpoint} is an exported file')
     if args.launcher != 'none':
         sys.exit(f'--launcher {args.launcher} is for a checkpoint: an exported file is tested in one process')
     try:
@@ -174,7 +183,8 @@ def main() -> None:
     check_data(cfg, 'test')
     runner = build_runner(cfg, 'test_loop')
     try:
-        runner.test()
+        with ties_in_order() if args.ties_in_order else nullcontext():
+            runner.test()
     except (CheckpointError, FusionError, RuntimeFileError) as error:
         sys.exit(str(error))
 
