@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmdet.structures import DetDataSample
+from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import EMAHook
 from mmengine.optim import OptimWrapper
@@ -24,7 +26,7 @@ from repvit_mm import FuseOnDeployHook
 from repvit_mm.backbone import ReparamBackbone
 from repvit_mm.deploy.graph import graph_of
 from repvit_mm.deploy.load import build_model, fuse_model, load_model
-from repvit_mm.deploy.verify import framework_outputs, relative_error
+from repvit_mm.deploy.verify import Tolerance, compare, framework_outputs, relative_error
 from repvit_mm.reparam import plain_formulation, reparam_blocks
 
 TOOLS = Path(__file__).parents[1] / 'tools'
@@ -32,9 +34,9 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 96)).astype(np.flo
 EMA = dict(type='EMAHook', momentum=0.3, update_buffers=True)
 
 
-def config(**backbone):
-    """A segmentor with a variant that checkpoints are recognized as, and only its head small."""
-    cfg = small_config('semantic_fpn')
+def config(model: str = 'semantic_fpn', **backbone: object) -> Config:
+    """A segmentor or a detector with a variant that checkpoints are recognized as, and only its head small."""
+    cfg = small_config(model)
     cfg.model.backbone = dict(type='RepViT', arch='m0_6', init_cfg=None, **backbone)
     cfg.model.neck.in_channels = [40, 80, 160, 320]
     return cfg
@@ -71,6 +73,16 @@ class MixedPrecision(OptimWrapper):
             yield
 
 
+class Nothing(BaseMetric):
+    """A run needs some metric."""
+
+    def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
+        self.results += data_samples
+
+    def compute_metrics(self, results: list) -> dict[str, int]:
+        return {'images': len(results)}
+
+
 def make_runner(model: nn.Module, work_dir: Path, *hooks: object, **options: object) -> Runner:
     loader = dict(
         batch_size=2,
@@ -83,11 +95,8 @@ def make_runner(model: nn.Module, work_dir: Path, *hooks: object, **options: obj
         model,
         work_dir=str(work_dir),
         experiment_name=f'run{len(list(work_dir.iterdir())) if work_dir.exists() else 0}',
-        test_dataloader=loader,
-        test_cfg={},
-        test_evaluator=[Logits()],
         custom_hooks=list(hooks),
-        **options,
+        **dict(test_dataloader=loader, test_cfg={}, test_evaluator=[Logits()]) | options,
     )
 
 
@@ -161,10 +170,14 @@ def by_exporter(checkpoint: Path, folder: Path, **backbone: object) -> np.ndarra
 
 def by_converter(checkpoint: Path, folder: Path, **backbone: object) -> np.ndarray:
     """As ``tools/convert_checkpoint.py --fuse``, whose file the exporter then takes."""
+    return by_exporter(convert(checkpoint, folder), folder, **backbone)
+
+
+def convert(checkpoint: Path, folder: Path) -> Path:
     fused = folder / 'fused.pth'
     sys.path.append(str(TOOLS))
     importlib.import_module('convert_checkpoint').main([str(checkpoint), str(fused), '--fuse'])
-    return by_exporter(fused, folder, **backbone)
+    return fused
 
 
 def assert_fused(model: nn.Module) -> None:
@@ -182,6 +195,43 @@ def test_every_route_gives_the_trained_network(checkpoints, tmp_path, form, rout
     expected = reference(checkpoints[form])
     assert np.std(expected) > 0.05, 'there is something to compare'
     assert relative_error(ROUTES[route](checkpoints[form], tmp_path), expected) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('route', ROUTES)
+def test_every_route_gives_the_detectors_detections(tmp_path, route):
+    """Mask R-CNN: boxes, scores and masks, the norms of its heads folded with those of its backbone."""
+    cfg, checkpoint = config('mask_rcnn'), tmp_path / 'detector.pth'
+    torch.manual_seed(0)
+    model = like_trained(build_model(cfg), torch.randn(2, 3, 128, 128))
+    torch.save({'meta': {}, 'state_dict': model.state_dict()}, checkpoint)
+    with plain_formulation(model):
+        expected = framework_outputs(model, 'detection', IMAGES)
+    assert expected['count'].min() > 3 and expected['masks'].any()
+
+    if route == 'hook':
+        fused = build_model(cfg)
+        sample = DetDataSample(metainfo=dict(img_shape=(64, 96), ori_shape=(64, 96), scale_factor=(1.0, 1.0)))
+        item = dict(inputs=torch.from_numpy(IMAGES[0]), data_samples=sample)
+        loader = dict(dataset=[item], sampler=dict(type='DefaultSampler'), collate_fn=dict(type='pseudo_collate'))
+        options = dict(test_dataloader=loader, test_evaluator=[Nothing()], load_from=str(checkpoint))
+        make_runner(fused, tmp_path / 'hook', FuseOnDeployHook(), **options).test()
+    else:
+        if route == 'converter':
+            checkpoint = convert(checkpoint, tmp_path)
+        fused = load_model(cfg, checkpoint, deploy=True)
+    assert_fused(fused)
+    assert_same_detections(framework_outputs(fused, 'detection', IMAGES), expected)
+
+    spoiled = copy.deepcopy(model)
+    spoil(spoiled)
+    with pytest.raises(AssertionError):
+        assert_same_detections(framework_outputs(fuse_model(spoiled), 'detection', IMAGES), expected)
+
+
+def assert_same_detections(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    difference = compare('detection', expected, found, Tolerance(boxes=0.01, scores=1e-4, masks=0.02))
+    assert difference.tolerated, difference.text
 
 
 @pytest.mark.slow

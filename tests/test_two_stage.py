@@ -1,14 +1,16 @@
 """Two-stage detectors: files in ONNX Runtime, and OpenVINO, against MMDetection's own predictions."""
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from small_models import TWO_STAGES, like_trained, small_config
+from small_models import ROOT, TWO_STAGES, like_trained, small_config
 from torch import Tensor, nn
 
 pytest.importorskip('onnx')
@@ -126,10 +128,8 @@ def test_difference_shows(folder: Path) -> None:
             assert_same_detections(other, runtime, images)
 
 
-@pytest.mark.slow
-def test_proposals_are_the_frameworks(tmp_path: Path) -> None:
-    """One by one, in their order, up to those whose scores differ by rounding."""
-    model = detector('mask_rcnn')
+def write_proposals(model: nn.Module, path: Path) -> OnnxRuntime:
+    """A file of what a detector's region proposal network finds, opened."""
     graph = build_graph(fuse_model(copy.deepcopy(model)), 'onnx', Options(dynamic=True))
 
     class Proposals(Graph):
@@ -139,31 +139,89 @@ def test_proposals_are_the_frameworks(tmp_path: Path) -> None:
             maps = self.model.extract_feat(self.network_input(images))
             return graph.proposals(maps, self.sides(images))
 
-    path = tmp_path / 'proposals.onnx'
     info = FileInfo('detection', Proposals.outputs, batch=None)
     with torch.no_grad(), quiet():
         proposals = Proposals(graph.model, graph.preprocess).eval()
         write_onnx(proposals, torch.from_numpy(noise(1)), info, path, Options(dynamic=True))
-    runtime = OnnxRuntime(path, 1)
+    return OnnxRuntime(path, 1)
+
+
+def assert_same_proposals(model: nn.Module, runtime: OnnxRuntime, images: np.ndarray) -> int:
+    """Compare one by one, in their order, up to those whose scores differ by rounding.
+
+    Returns:
+        How many proposals there are.
+    """
+    found = runtime.run(images)
+    assert found['found'].all()
+    expected = framework_proposals(model, images)
+    assert found['boxes'].shape[1] == len(expected)
+    boxes, scores = expected.bboxes.numpy(), expected.scores.numpy()
+    moved = np.abs(found['boxes'][0] - boxes).max(axis=1) > 0.01
+    places = [int(np.abs(found['boxes'][0] - boxes[index]).max(axis=1).argmin()) for index in np.flatnonzero(moved)]
+    assert sorted(places) == np.flatnonzero(moved).tolist()
+    assert (np.abs(found['boxes'][0, places] - boxes[moved]) <= 0.01).all()
+    assert (np.abs(scores[places] - scores[moved]) < 1e-6).all()
+    return len(expected)
+
+
+@pytest.mark.slow
+def test_proposals_are_the_frameworks(tmp_path: Path) -> None:
+    model = detector('mask_rcnn')
+    runtime = write_proposals(model, tmp_path / 'proposals.onnx')
     for size in ((96, 128), (97, 131), (64, 64)):
-        images = noise(1, *size)
-        found = runtime.run(images)
-        assert found['found'].all()
-        expected = framework_proposals(model, images)
-        assert found['boxes'].shape[1] == len(expected)
-        moved = np.abs(found['boxes'][0] - expected.bboxes.numpy()).max(axis=1) > 0.01
-        for index in np.flatnonzero(moved):
-            distance = np.abs(found['boxes'][0] - expected.bboxes[index].numpy()).max(axis=1)
-            place = int(distance.argmin())
-            assert distance[place] <= 0.01
-            assert abs(expected.scores[place] - expected.scores[index]) < 1e-6
+        assert assert_same_proposals(model, runtime, noise(1, *size)) == 60
 
 
-def framework_proposals(model: nn.Module, images: np.ndarray) -> InstanceData:
-    """What MMDetection's region proposal network finds in an image."""
+def photos(side: int) -> list[np.ndarray]:
+    """The first images of COCO and ADE20K that are at hand, ``(1, 3, H, W)`` RGB, their longer side of a length."""
+    found = []
+    for pattern in ('coco/val2017/*.jpg', 'ade/ADEChallengeData2016/images/validation/*.jpg'):
+        for path in sorted((ROOT / 'data').glob(pattern))[:2]:
+            image = cv2.imread(str(path))
+            scale = side / max(image.shape[:2])
+            image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+            found.append(image[None, ..., ::-1].transpose(0, 3, 1, 2).astype(np.float32))
+    return found
+
+
+@pytest.mark.slow
+def test_proposals_in_photos(tmp_path: Path) -> None:
+    """A shipped config with random weights, its thousand proposals and all."""
+    images = photos(384)
+    if not images:
+        pytest.skip('data/coco and data/ade hold no images')
+    cfg = Config.fromfile(ROOT / 'configs/det/mask_rcnn_repvit_m0_6_fpn_1x_coco.py')
+    # What follows the proposals is not compared, so it gets few of them.
+    cfg.merge_from_dict({'model.test_cfg.rpn.max_per_img': 10, 'model.test_cfg.rcnn.max_per_img': 1})
+    torch.manual_seed(0)
+    model = like_trained(build_model(cfg), torch.from_numpy(images[0][..., :128, :128] / 127 - 1))
+    model.rpn_head.test_cfg.max_per_img = 1000
+    runtime = write_proposals(model, tmp_path / 'proposals.onnx')
+    for image in images:
+        assert assert_same_proposals(model, runtime, image) > 500
+
+
+@pytest.mark.slow
+def test_ties_go_in_the_order_of_indices(tmp_path: Path) -> None:
+    """Every anchor has the same score, as all do whose logits are large."""
+    model = copy.deepcopy(detector('mask_rcnn'))
+    with torch.no_grad():
+        model.rpn_head.rpn_cls.bias += 200
+    images = noise(1)
+    assert (framework_proposals(model, images).scores == 1).all()
+    assert assert_same_detections(model, write(model, tmp_path / 'file.onnx'), images) > 0
+    in_order, as_it_is = framework_proposals(model, images), framework_proposals(model, images, nullcontext())
+    assert not torch.equal(in_order.bboxes, as_it_is.bboxes), 'torch.sort is stable: ties_in_order can go'
+
+
+def framework_proposals(
+    model: nn.Module, images: np.ndarray, ties: AbstractContextManager | None = None
+) -> InstanceData:
+    """What MMDetection's region proposal network finds in an image; with ties in order unless said otherwise."""
     sample = DetDataSample(metainfo=dict(img_shape=images.shape[-2:], scale_factor=(1.0, 1.0)))
     inputs = {'inputs': list(torch.from_numpy(images).flip(1)), 'data_samples': [sample]}
-    with torch.inference_mode(), ties_in_order():
+    with torch.inference_mode(), ties or ties_in_order():
         data = model.data_preprocessor(inputs, False)
         (found,) = model.rpn_head.predict(model.extract_feat(data['inputs']), data['data_samples'])
     return found
