@@ -95,9 +95,7 @@ def two_stage(base: str, *heads: str) -> str:
 TWO_STAGES = {
     'mask_rcnn': two_stage('mask_rcnn/mask-rcnn', BOX_HEAD, MASK_HEAD),
     'faster_rcnn': two_stage('faster_rcnn/faster-rcnn', BOX_HEAD),
-    'cascade_mask_rcnn': two_stage(
-        'cascade_rcnn/cascade-mask-rcnn', BOX_HEADS.format(agnostic=True), MASK_HEAD
-    ),
+    'cascade_mask_rcnn': two_stage('cascade_rcnn/cascade-mask-rcnn', BOX_HEADS.format(agnostic=True), MASK_HEAD),
     'cascade_rcnn': two_stage('cascade_rcnn/cascade-rcnn', BOX_HEADS.format(agnostic=False)),
 }
 

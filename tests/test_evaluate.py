@@ -237,6 +237,7 @@ def tool():
     [
         (['--fuse'], '--fuse is for a checkpoint: {file} is an exported file'),
         (['--tta'], '--tta is for a checkpoint: {file} is an exported file'),
+        (['--ties-in-order'], '--ties-in-order is for a checkpoint: {file} is an exported file'),
         (
             ['--launcher', 'pytorch'],
             '--launcher pytorch is for a checkpoint: an exported file is tested in one process',

@@ -301,6 +301,10 @@ WRONG = {
         ['test.py', SEGMENTATION, 'exists.pth', '--eval', 'bbox'],
         ['--eval bbox: segmentation takes mIoU, mDice, mFscore'],
     ),
+    'ties of a segmentor': (
+        ['test.py', SEGMENTATION, 'exists.pth', '--ties-in-order'],
+        ['--ties-in-order', 'for a detector'],
+    ),
     'TTA of masks': (['test.py', DETECTION, 'exists.pth', '--tta'], ['--tta', 'masks']),
     'out of a detector': (['test.py', DETECTION, 'exists.pth', '--out', 'folder'], ['--out folder', '.pkl']),
     'out of a segmentor': (['test.py', SEGMENTATION, 'exists.pth', '--out', 'x.pkl'], ['--out x.pkl', 'folder']),

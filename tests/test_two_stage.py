@@ -43,6 +43,7 @@ GENERIC = dict(
     featmap_strides=[4, 8, 16, 32],
 )
 
+
 def config(kind: str, **settings: object) -> Config:
     """The config of a small detector of a kind, with some settings of its own."""
     cfg = small_config(kind)

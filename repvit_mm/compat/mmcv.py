@@ -15,9 +15,9 @@ def ties_in_order() -> Iterator[None]:
     """Within it, detectors sort equal scores in the order of their indices, as ONNX's TopK promises to.
 
     MMDetection and mmcv sort by ``Tensor.sort``, which promises no order of equal elements. On CUDA it keeps that of
-    their indices for more than 32 elements (PyTorch's ``Sort.cu``). On a CPU it is the C++ library's ``std::sort``, which
-    mixes them for more than 16. It matters: scores behind a sigmoid are often equal in float32, and of two boxes that
-    overlap the first one goes on.
+    their indices for more than 32 elements (PyTorch's ``Sort.cu``). On a CPU it is the C++ library's ``std::sort``,
+    which mixes them for more than 16. It matters: scores behind a sigmoid are often equal in float32, and of two boxes
+    that overlap the first one goes on.
     """
     nms = importlib.import_module('mmcv.ops.nms')  # its package has a function of this name
     sort, extension = Tensor.sort, nms.ext_module
