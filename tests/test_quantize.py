@@ -20,6 +20,7 @@ onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 from repvit_mm.deploy.qdq import QdqNetwork  # noqa: E402
 from repvit_mm.deploy.sensitivity import Sensitivity, measure  # noqa: E402
+from repvit_mm.deploy.structure import Layer  # noqa: E402
 
 SIZE = (64, 64)
 OPTIONS = Options(sizes=(SIZE,), logits=True)
@@ -201,6 +202,13 @@ class TestJudging:
 
     def test_table_says_the_difference(self):
         assert '84.20 (-0.80)' in str(report(85.0, 84.2))
+
+    def test_report_counts_the_layers_that_are_named(self):
+        text = 'layers stay in float because they are named'
+        layers = tuple(Layer(name, 'conv', f'neck.{name}') for name in 'ab')
+        plain = report(85.0, 84.2)
+        assert text not in str(plain)
+        assert f'2 {text}' in str(replace(plain, float_layers=layers))
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,10 @@ class Int8Report:
             rows.append(row)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = ['  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        lines = [f'{self.path}: int8, calibrated on {self.images} images', str(self.sensitivity), *table]
+        lines = [f'{self.path}: int8, calibrated on {self.images} images', str(self.sensitivity)]
+        if named := set(self.float_layers) - set(self.sensitivity.float_layers):
+            lines.append(f'{len(named)} layers stay in float because they are named')
+        lines += table
         if self.difference:
             lines.append(f'against the float file: {self.difference.text}')
         return '\n'.join(lines + self.notes)

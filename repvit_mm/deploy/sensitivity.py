@@ -78,7 +78,7 @@ class Sensitivity:
         lines = [
             f'sensitivity on {self.images} images, {len(self.alone)} layers one at a time; all of them: {sections}'
         ]
-        lines += [f'stays in float: {kept}' for kept in self.kept] or ['no layer stays in float']
+        lines += [f'stays in float: {kept}' for kept in self.kept] or ['no layer has to stay in float']
         worst = sorted(self.alone.items(), key=lambda item: -item[1])[:5]
         lines.append('most sensitive: ' + ', '.join(f'{describe(layer)} {error:.2%}' for layer, error in worst))
         return '\n'.join(lines)
