@@ -99,20 +99,20 @@ TWO_STAGES = {
     'cascade_rcnn': two_stage('cascade_rcnn/cascade-rcnn', BOX_HEADS.format(agnostic=False)),
 }
 
-MODELS = {'retinanet': RETINANET, 'atss': ATSS, 'rtmdet': RTMDET, 'semantic_fpn': SEMANTIC_FPN, **TWO_STAGES}
+MODELS = {'retinanet': RETINANET, 'atss': ATSS, 'rtmdet': RTMDET, 'semantic_fpn': SEMANTIC_FPN}
 
 
 def small_config(model: str, family: str = 'repvit', **options: object) -> Config:
     """The config of a small model.
 
     Args:
-        model: A key of ``MODELS``.
+        model: A key of ``MODELS`` or ``TWO_STAGES``.
         family: A key of ``helpers.SMALL``.
         options: Of the backbone.
     """
     cls, arch = SMALL[family]
     backbone = dict(_delete_=True, type=cls.__name__, arch=arch, **options)
-    text = MODELS[model].format(root=ROOT, backbone=backbone, channels=list(arch['channels']))
+    text = (MODELS | TWO_STAGES)[model].format(root=ROOT, backbone=backbone, channels=list(arch['channels']))
     return Config.fromstring(text, '.py')
 
 
