@@ -1,6 +1,9 @@
 """Runs that may be killed at any moment: whole checkpoints, and a resumed run that repeats one never stopped."""
 
+import os
 import random
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +12,18 @@ import numpy as np
 import torch
 from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.registry import HOOKS, LOOPS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
-from .compat.openmmlab import SavingBeforeRemovingHook, SkippingIterBasedTrainLoop, iterator_within
+from .compat.openmmlab import (
+    SavingBeforeRemovingHook,
+    SkippingEpochBasedTrainLoop,
+    SkippingIterBasedTrainLoop,
+    iterator_within,
+)
 from .compat.pytorch import draw_indices
 from .files import UNFINISHED, write_whole
 
@@ -37,23 +47,29 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.cuda.set_rng_state_all([device.cpu() for device in state['cuda'][: torch.cuda.device_count()]])
 
 
-def fast_forward(batches: Iterator, dataloader: DataLoader, steps: int) -> None:
-    """Pass over batches of MMEngine's endless iterator by drawing their indices alone.
+def draw_batches(batches: Iterator, dataloader: DataLoader, steps: int, begin_anew: bool) -> None:
+    """Pass over batches by drawing their indices alone.
 
     Args:
-        batches: The iterator of an iteration-based loop, fresh.
+        batches: A fresh iterator over the data loader; MMEngine's endless one of an iteration-based loop, or torch's.
         dataloader: What it iterates over.
         steps: How many batches to pass over.
+        begin_anew: Whether the iterator is endless.
     """
     # Worker processes have been handed the indices of the first batches already: as many come out before others do.
     begun = min(steps, dataloader.num_workers * (dataloader.prefetch_factor or 0))
     for _ in range(steps - begun):
         try:
-            draw_indices(iterator_within(batches, dataloader))
+            draw_indices(iterator_within(batches, dataloader) if begin_anew else batches)
         except StopIteration:  # the end of an epoch: the first batch of the next
             next(batches)
     for _ in range(begun):
         next(batches)
+
+
+def fast_forward(batches: Iterator, dataloader: DataLoader, steps: int) -> None:
+    """:func:`draw_batches` of MMEngine's endless iterator."""
+    draw_batches(batches, dataloader, steps, begin_anew=True)
 
 
 @register_backend('atomic_local')
@@ -77,7 +93,7 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
     process. Validation leaves the generators as it found them: a resumed run does not repeat the validation that
     followed its checkpoint. With a seed and without worker processes, a resumed run thus repeats one that was never
     stopped, bit by bit: from an epoch's end in MMEngine's ``EpochBasedTrainLoop``, from any iteration in
-    :class:`ResumableIterBasedTrainLoop`.
+    :class:`ResumableEpochBasedTrainLoop` and :class:`ResumableIterBasedTrainLoop`.
     """
 
     loaded_states: Sequence[dict[str, Any]] = ()
@@ -157,3 +173,124 @@ class ResumableIterBasedTrainLoop(SkippingIterBasedTrainLoop):
         """Pass over it by its indices, and tell the hooks."""
         fast_forward(self.dataloader_iterator, self.dataloader, self.iter)
         self.runner.call_hook('after_fast_forward')
+
+
+@LOOPS.register_module()
+class ResumableEpochBasedTrainLoop(SkippingEpochBasedTrainLoop):
+    """MMEngine's loop, which also goes on within an epoch, where a run that was asked to stop has left off.
+
+    Before the first batch is made, the method ``after_fast_forward`` of each hook that has one is called.
+    """
+
+    def skip_trained_data(self, batches: Iterator, steps: int) -> None:
+        """Pass over it by its indices, and tell the hooks."""
+        draw_batches(batches, self.dataloader, steps, begin_anew=False)
+        self.runner.call_hook('after_fast_forward')
+
+
+class Stopped(RuntimeError):
+    """A run was asked to stop; the message is one line that says where it can go on.
+
+    Args:
+        signum: The signal that asked.
+        message: The line.
+    """
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+@HOOKS.register_module()
+class StopOnSignalHook(Hook):
+    """Ends a run that is asked to stop, by SIGTERM or Ctrl-C, with a checkpoint of the iteration that it is in.
+
+    Slurm sends SIGTERM before it kills. A second signal ends the process at once, as without this hook. With the loops
+    of this file a resumed run repeats one that was never stopped.
+
+    In a job of several processes they agree every ten iterations on whether one of them was asked.
+    """
+
+    priority = 'LOWEST'  # when all that belongs to the iteration is done
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self.saved_at: int | None = None
+        self.before: dict[int, Any] = {}
+
+    def before_train(self, runner: Runner) -> None:
+        """Take over the signals; only a process's main thread may."""
+        if threading.current_thread() is threading.main_thread():
+            self.process = os.getpid()
+            self.before = {signum: signal.signal(signum, self.note) for signum in self.signals}
+
+    def after_train(self, runner: Runner) -> None:
+        """Give the signals back."""
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+        self.before = {}
+
+    def note(self, signum: int, _: Any) -> None:
+        """Remember the signal; the next one does what it does otherwise."""
+        # A terminal signals a data loader's workers too, which inherit this: they live on, the iteration needs them.
+        signal.signal(signum, self.before[signum])
+        self.asked = signum
+        if os.getpid() == self.process:
+            print_log(f'{signal.Signals(signum).name}: stopping after this iteration', 'current')
+
+    def is_asked(self, iteration: int) -> bool:
+        """Whether this process was asked to stop, or any of the job's."""
+        if get_world_size() == 1:
+            return self.asked is not None
+        if iteration % 10:
+            return False
+        self.asked = next((asked for asked in all_gather_object(self.asked) if asked is not None), None)
+        return self.asked is not None
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Note of which iteration there is a checkpoint."""
+        self.saved_at = checkpoint['meta']['iter']
+
+    def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
+        """Save and stop, if asked."""
+        if self.is_asked(runner.iter):
+            self.stop(runner, runner.iter + 1)
+
+    def after_val_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
+        """Stop, if asked and if there is a checkpoint of before this validation: now the weights may be averages."""
+        if self.before and get_world_size() == 1 and self.asked is not None and self.saved_at == runner.iter:
+            self.end(runner, Path(runner.work_dir, 'last_checkpoint').read_text(), runner.iter)
+
+    def after_val(self, runner: Runner) -> None:
+        """Save and stop, if asked."""
+        if self.before and self.is_asked(0):
+            self.stop(runner, runner.iter)
+
+    def stop(self, runner: Runner, iteration: int) -> None:
+        """Save, and end the run.
+
+        Args:
+            runner: The runner.
+            iteration: How many iterations it has done.
+        """
+        filename, meta = f'stopped_iter_{iteration}.pth', dict(epoch=runner.epoch, iter=iteration)
+        savers = [hook for hook in runner.hooks if isinstance(hook, ResumableCheckpointHook)]
+        if savers:
+            path = savers[0].save(runner, filename, meta)
+        else:
+            path = str(Path(runner.work_dir, filename))
+            runner.save_checkpoint(runner.work_dir, filename, meta=meta)
+            if is_main_process():
+                write_whole(Path(runner.work_dir, 'last_checkpoint'), path.encode())
+        self.end(runner, path, iteration)
+
+    def end(self, runner: Runner, path: str, iteration: int) -> None:
+        """End the run.
+
+        Raises:
+            Stopped: always.
+        """
+        self.after_train(runner)
+        name = signal.Signals(self.asked).name
+        raise Stopped(self.asked, f'{name}: stopped after iteration {iteration}; {path} is saved, --resume goes on')

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from repvit_mm.checkpoint import read_checkpoint
 from repvit_mm.datasets.shapes import write_shapes
-from repvit_mm.resume import UNFINISHED, ResumableCheckpointHook, fast_forward, random_state
+from repvit_mm.resume import UNFINISHED, ResumableCheckpointHook, Stopped, fast_forward, random_state
 
 # Each run is a process of its own, forked from one that has made the slow imports.
 PROCESSES = multiprocessing.get_context('forkserver')
@@ -76,8 +76,8 @@ class Progress(BaseMetric):
         return {'acc': iteration, 'loss': iteration}
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def die(signum: int = signal.SIGKILL) -> None:
+    os.kill(os.getpid(), signum)
 
 
 class Death(Hook):
@@ -86,9 +86,10 @@ class Death(Hook):
     Writes down where the run has begun.
     """
 
-    def __init__(self, iteration: int | None = None, stage: str = 'train') -> None:
+    def __init__(self, iteration: int | None = None, stage: str = 'train', signum: int = signal.SIGKILL) -> None:
         self.iteration = iteration
         self.stage = stage
+        self.signum = signum
 
     def before_train(self, runner: Runner) -> None:
         with open('starts', 'a') as file:
@@ -96,11 +97,30 @@ class Death(Hook):
 
     def before_train_iter(self, runner: Runner, *args, **kwargs) -> None:
         if (self.stage, self.iteration) == ('train', runner.iter):
-            die()
+            die(self.signum)
 
     def before_val_iter(self, runner: Runner, *args, **kwargs) -> None:
         if (self.stage, self.iteration) == ('val', runner.iter):
-            die()
+            die(self.signum)
+
+
+class Ask(Hook):
+    """Asks its process to stop, once, before an iteration of training or of a validation."""
+
+    def __init__(self, iteration: int, stage: str, signum: int) -> None:
+        self.asks = [(stage, iteration)]
+        self.signum = signum
+
+    def ask(self, stage: str, iteration: int) -> None:
+        if (stage, iteration) in self.asks:
+            self.asks.clear()
+            os.kill(os.getpid(), self.signum)
+
+    def before_train_iter(self, runner: Runner, *args, **kwargs) -> None:
+        self.ask('train', runner.iter)
+
+    def before_val_iter(self, runner: Runner, *args, **kwargs) -> None:
+        self.ask('val', runner.iter)
 
 
 def watch_files(fatal: int | None) -> None:
@@ -138,6 +158,7 @@ def train(
     *,
     resume: bool = False,
     death: tuple = (),
+    ask: tuple = (),
     watch: bool = False,
     fatal_step: int | None = None,
     without: Sequence[str] = (),
@@ -153,6 +174,7 @@ def train(
         loop: A key of ``LAST``.
         resume: Go on from the latest checkpoint.
         death: Arguments of the hook that kills the process.
+        ask: Arguments of the hook that asks it to stop, which it then does in good order.
         watch: Note the steps of writing files.
         fatal_step: The number of the step before which the process dies.
         without: Methods of the checkpoint hook to switch off.
@@ -183,7 +205,10 @@ def train(
     else:
         cfg = dict(type='ResumableIterBasedTrainLoop', max_iters=12, val_interval=6)
         schedule = dict(type='PolyLR', end=12, by_epoch=False)
-    Runner(
+    hooks = [dict(type='EMAHook', momentum=0.2), Death(*death)]
+    if ask:
+        hooks += [Ask(*ask), dict(type='StopOnSignalHook')]
+    runner = Runner(
         Net(),
         work_dir='work',
         train_dataloader=dict(loader, sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler')),
@@ -193,13 +218,18 @@ def train(
         val_dataloader=dict(loader, sampler=dict(type='DefaultSampler', shuffle=False)),
         val_cfg={},
         val_evaluator=[Progress()],
-        custom_hooks=[dict(type='EMAHook', momentum=0.2), Death(*death)],
+        custom_hooks=hooks,
         default_hooks=dict(checkpoint={'type': 'ResumableCheckpointHook', **checkpoint, **dict(hook)}),
         randomness=dict(seed=1, diff_rank_seed=rank is not None),
         launcher='none' if rank is None else 'pytorch',
         resume=resume,
         cfg=dict(model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None)),
-    ).train()
+    )
+    try:
+        runner.train()
+    except Stopped as stopped:
+        Path('stopped').write_text(str(stopped))
+        sys.exit(128 + stopped.signum)
 
 
 def run(*args, **options) -> int:
@@ -359,6 +389,58 @@ def test_loop_of_mmengine_does_not_repeat_the_run_and_is_named(make_folder, neve
     assert run(folder, 'iteration', train_cfg=loop, resume=True) == 0
     assert warning in logged(folder)
     assert not same(folder, never_stopped['iteration'])
+
+
+BEFORE_VALIDATION = {'epoch': 'epoch_2.pth', 'iteration': 'iter_6.pth'}
+WITHIN_EPOCHS = [('type', 'ResumableEpochBasedTrainLoop')]
+
+
+@pytest.mark.parametrize('loop', LAST)
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT], ids=lambda signum: signum.name)
+@pytest.mark.parametrize(
+    ('iteration', 'stage', 'start'),
+    [(0, 'train', 1), (2, 'train', 3), (4, 'train', 5), (6, 'val', 6)],
+    ids=['the first', 'the last of an epoch', 'within an epoch', 'validation'],
+)
+def test_run_that_is_asked_to_stop_goes_on_where_it_was(
+    make_folder, never_stopped, loop, signum, iteration, stage, start
+):
+    folder, options = make_folder(), dict(train_cfg=WITHIN_EPOCHS) if loop == 'epoch' else {}
+    assert run(folder, loop, ask=(iteration, stage, signum), **options) == 128 + signum
+    path = latest(folder)
+    assert (folder / 'stopped').read_text() == (
+        f'{signum.name}: stopped after iteration {start}; {path} is saved, --resume goes on'
+    )
+    assert path.name == (
+        f'stopped_iter_{start}.pth' if stage == 'train' else f'{loop[:4]}_{2 if loop == "epoch" else 6}.pth'
+    )
+    assert run(folder, loop, resume=True, **options) == 0
+    assert starts(folder) == [0, start]
+    assert latest(folder).name == LAST[loop] and same(folder, never_stopped[loop])
+
+
+def test_stopped_within_an_epoch_needs_the_loop_that_goes_on_there(make_folder, never_stopped):
+    """The twin of the test above: MMEngine's loop begins the epoch anew."""
+    folder = make_folder()
+    assert run(folder, 'epoch', ask=(4, 'train', signal.SIGTERM), train_cfg=WITHIN_EPOCHS) == 128 + signal.SIGTERM
+    assert run(folder, 'epoch', resume=True) == 0
+    assert read_checkpoint(latest(folder))['meta']['iter'] == 14
+
+
+def test_validation_before_which_nothing_was_saved_runs_to_its_end(make_folder, never_stopped):
+    """Weights are averages within it."""
+    folder = make_folder()
+    rare = dict(hook=[('interval', 4)], train_cfg=WITHIN_EPOCHS)
+    assert run(folder, 'epoch', ask=(6, 'val', signal.SIGTERM), **rare) == 128 + signal.SIGTERM
+    assert latest(folder).name == 'stopped_iter_6.pth'
+    assert run(folder, 'epoch', resume=True, **rare) == 0
+    assert same(folder, never_stopped['epoch'])
+
+
+def test_second_signal_ends_the_process(make_folder):
+    folder = make_folder()
+    status = run(folder, 'iteration', ask=(4, 'train', signal.SIGTERM), death=(4, 'train', signal.SIGTERM))
+    assert status == -signal.SIGTERM and not (folder / 'stopped').exists()
 
 
 # Two saves, each followed by a validation that finds a better model.

@@ -1,6 +1,6 @@
 """What reaches into private parts of MMEngine, each with its reason. Seen with mmengine 0.10.7.
 
-Two classes of MMEngine do in the midst of one method what has to be done otherwise. They stand here with that method
+Three classes of MMEngine do in the midst of one method what has to be done otherwise. They stand here with that method
 written anew, and what their subclasses may change is a public method of its own.
 """
 
@@ -13,7 +13,7 @@ import mmengine.runner.checkpoint
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
-from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -77,16 +77,9 @@ class SavingBeforeRemovingHook(CheckpointHook):
             return False
         return True
 
-    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
-        kept = []
-        if self.max_keep_ckpts > 0:
-            # The file to remove is named in the checkpoint: a run killed before it is gone removes it as it resumes.
-            kept = [*(other for other in self.keep_ckpt_ids if other != step), step]
-            runner.message_hub.update_info('keep_ckpt_ids', kept)
-        filename = self.filename_tmpl.format(step)
-        self.last_ckpt = self.file_backend.join_path(self.out_dir, filename)
-        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
-
+    def save(self, runner: Runner, filename: str, meta: dict) -> str:
+        """Save a checkpoint to resume from, and let ``last_checkpoint`` name it; returns its path."""
+        path = self.file_backend.join_path(self.out_dir, filename)
         self.before_save(runner)
         runner.save_checkpoint(
             self.out_dir,
@@ -101,7 +94,21 @@ class SavingBeforeRemovingHook(CheckpointHook):
         )
         self.after_save(runner)
         if is_main_process():
-            write_whole(Path(runner.work_dir, 'last_checkpoint'), self.last_ckpt.encode())
+            write_whole(Path(runner.work_dir, 'last_checkpoint'), path.encode())
+        return path
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        kept = []
+        if self.max_keep_ckpts > 0:
+            # The file to remove is named in the checkpoint: a run killed before it is gone removes it as it resumes.
+            kept = [*(other for other in self.keep_ckpt_ids if other != step), step]
+            runner.message_hub.update_info('keep_ckpt_ids', kept)
+        filename = self.filename_tmpl.format(step)
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, filename)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+
+        self.save(runner, filename, meta)
+        if is_main_process():
             for outdated in kept[: -self.max_keep_ckpts]:
                 self.remove(self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(outdated)))
         if kept:
@@ -123,6 +130,28 @@ class SavingBeforeRemovingHook(CheckpointHook):
                 paths[name] = path
             elif path and path != paths[name] and is_main_process() and self.remove(path):
                 runner.logger.info(f'The previous best checkpoint {path} is removed')
+
+
+class SkippingEpochBasedTrainLoop(EpochBasedTrainLoop):
+    """MMEngine's loop, which also goes on within an epoch. MMEngine begins the epoch anew, and counts on."""
+
+    @abstractmethod
+    def skip_trained_data(self, batches: Iterator, steps: int) -> None:
+        """Called as a resumed run goes on within an epoch: pass over as many batches of its data."""
+
+    def run_epoch(self) -> None:
+        """Run an epoch, or what is left of it."""
+        done = self.iter - self.epoch * len(self.dataloader)
+        if done <= 0:
+            return super().run_epoch()
+        self.runner.call_hook('before_train_epoch')
+        self.runner.model.train()
+        batches = iter(self.dataloader)
+        self.skip_trained_data(batches, done)
+        for index, batch in enumerate(batches, start=done):
+            self.run_iter(index, batch)
+        self.runner.call_hook('after_train_epoch')
+        self._epoch += 1
 
 
 class SkippingIterBasedTrainLoop(IterBasedTrainLoop):
