@@ -411,9 +411,7 @@ def test_run_that_is_asked_to_stop_goes_on_where_it_was(
     assert (folder / 'stopped').read_text() == (
         f'{signum.name}: stopped after iteration {start}; {path} is saved, --resume goes on'
     )
-    assert path.name == (
-        f'stopped_iter_{start}.pth' if stage == 'train' else f'{loop[:4]}_{2 if loop == "epoch" else 6}.pth'
-    )
+    assert path.name == (f'stopped_iter_{start}.pth' if stage == 'train' else BEFORE_VALIDATION[loop])
     assert run(folder, loop, resume=True, **options) == 0
     assert starts(folder) == [0, start]
     assert latest(folder).name == LAST[loop] and same(folder, never_stopped[loop])
