@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .compat.pytorch import BatchNorm, has_hooks, tree_of
-from .layers import overwriting
+from .layers import dilate, overwriting
 from .loading import FAMILIES, Found, find_backbone, fit
 from .names import Naming
 from .recompute import runs_eagerly
@@ -23,6 +23,7 @@ from .reparam import ReparamBlock, kernels_together, reparam_blocks, switch_to_d
 from .specs import Top1
 
 NUM_STAGES = 4
+OUTPUT_STRIDES = (8, 16, 32)
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -125,7 +126,7 @@ class Stage(nn.Sequential):
 
 
 class ReparamBackbone(BaseModule, ABC):
-    """A stem and four stages of blocks; the maps behind the stages have strides 4, 8, 16 and 32.
+    """A stem and four stages of blocks; the maps behind the stages have strides 4, 8, 16 and 32, or are dilated.
 
     A subclass says what its stem and its stages are made of; options, taps, freezing, checkpoint names and deployment
     are the same for all and live here. Stages and blocks behind the last tap are not built: their parameters would
@@ -135,6 +136,8 @@ class ReparamBackbone(BaseModule, ABC):
         arch: Name of a variant in ``specs``, or a dict with the fields of ``spec_type`` for one of your own.
         out_indices: Stages whose maps are returned, increasing, from 0 to 3.
         tap: Which block of a stage gives its map, a key of ``taps``.
+        output_stride: Largest stride of a map. With 8 or 16 the stages behind it keep its resolution and dilate their
+            convolutions instead, as DeepLab and PSPNet expect it; the weights are the same.
         drop_path_rate: Stochastic depth of the last block, in [0, 1); it grows linearly from 0 over the blocks. A
             network without residual branches takes 0 only.
         norm_eval: Keep all BatchNorm statistics frozen during training; weights and biases go on learning.
@@ -176,6 +179,7 @@ class ReparamBackbone(BaseModule, ABC):
         *,
         out_indices: Sequence[int] = (0, 1, 2, 3),
         tap: str = 'stage_end',
+        output_stride: int = 32,
         drop_path_rate: float = 0.0,
         norm_eval: bool = False,
         frozen_stages: int = -1,
@@ -193,6 +197,9 @@ class ReparamBackbone(BaseModule, ABC):
         self.out_indices = check_out_indices(out_indices)
         check_choice('tap', tap, list(self.taps))
         self.tap = tap
+        if output_stride not in OUTPUT_STRIDES:
+            raise ValueError(f'output_stride={output_stride!r}: expected 32, or 16 or 8 by dilation')
+        self.output_stride = output_stride
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate={drop_path_rate}: expected a rate from 0 to below 1')
         if frozen_stages not in range(-1, NUM_STAGES + 1):
@@ -227,6 +234,10 @@ class ReparamBackbone(BaseModule, ABC):
             raise ValueError(f'tap={tap!r}: stage {min(tapped, key=tapped.get)} has no block before its last one')
         stages[-1] = stages[-1][: tapped[len(stages) - 1] + 1]
         self.stages = nn.ModuleList(Stage(blocks, tapped.get(index), with_cp) for index, blocks in enumerate(stages))
+        dilations = [max(4 * 2**index // output_stride, 1) for index in range(NUM_STAGES)]
+        for stage, before, dilation in zip(self.stages[1:], dilations, dilations[1:], strict=False):
+            if dilation > 1:
+                dilate(stage, before, dilation)
 
         for module in self.modules():
             if isinstance(module, ReparamBlock):
@@ -299,8 +310,8 @@ class ReparamBackbone(BaseModule, ABC):
             x: Images ``(N, 3, H, W)``, normalized, H and W at least 32.
 
         Returns:
-            For each stage ``i`` in ``out_indices`` a map ``(N, C_i, ceil(H / s), ceil(W / s))``, ``s = 4 * 2 ** i``,
-            in the input's memory format.
+            For each stage ``i`` in ``out_indices`` a map ``(N, C_i, ceil(H / s), ceil(W / s))`` in the input's memory
+            format, ``s`` the smaller one of ``4 * 2 ** i`` and ``output_stride``.
         """
         learns = torch.is_grad_enabled()
         if not runs_eagerly() or (learns and not self._runs_folded()):

@@ -114,7 +114,7 @@ class Conv1x1(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if recipe_of(x) is None else convolve(x, self.weight, self.bias, 1, 0, 1)
+        return super().forward(x) if recipe_of(x) is None else convolve(x, self.weight, self.bias, 1, 0, 1, 1)
 
 
 _OVERWRITING = ContextVar('overwriting', default=False)
@@ -258,3 +258,25 @@ class LayerScale(ReparamBlock):
 
     def equivalent_kernel(self) -> Kernel:
         return scale_kernel(conv_kernel(self.layer), self.layer_scale[..., 0, 0])
+
+
+def dilate(stage: nn.Module, before: int, dilation: int) -> None:
+    """Let a stage keep the resolution of its input, with the weights that it has (the algorithme a trous).
+
+    Its map then holds, at every ``dilation``-th place, what the strided network computes there, and the same for the
+    places between them. Source: https://arxiv.org/abs/1412.7062, section 3.1.
+
+    Args:
+        stage: Blocks of which at most one layer has a stride.
+        before: Dilation of the stage before it, in which that layer reads.
+        dilation: Dilation of all layers behind it.
+    """
+    for layer in stage.modules():
+        if isinstance(layer, ReparamBlock):
+            factor = before if layer.stride > 1 else dilation
+            # A 1x1 kernel has nothing to dilate.
+            layer.stride, layer.dilation, layer.padding = 1, factor if layer.padding else 1, factor * layer.padding
+        elif isinstance(layer, nn.Conv2d):
+            factor = before if layer.stride[0] > 1 else dilation
+            layer.stride, layer.dilation = (1, 1), (factor if layer.padding[0] else 1,) * 2
+            layer.padding = (factor * layer.padding[0],) * 2

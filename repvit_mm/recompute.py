@@ -24,6 +24,8 @@ from .compat.pytorch import (
 )
 
 Function = Callable[..., Tensor]
+Options = tuple[int, int, int, int]
+"""Stride, padding, dilation and groups of a convolution."""
 
 
 class Recipe(NamedTuple):
@@ -141,7 +143,14 @@ class _Recomputed(torch.autograd.Function):
 
 
 def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, groups: int, recomputes: bool = True
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+    recomputes: bool = True,
 ) -> Tensor:
     """A convolution that keeps the recipe of its input, where there is one, and if it is grouped leaves its own.
 
@@ -154,37 +163,38 @@ def convolve(
         bias: ``(C_out,)``.
         stride: Stride.
         padding: Zero padding.
+        dilation: Distance between the places that a kernel reads.
         groups: Groups.
         recomputes: ``False`` keeps the input and leaves no recipe.
     """
     if not torch.is_grad_enabled():
-        return F.conv2d(x, weight, bias, stride, padding, 1, groups)
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     recomputes = recomputes and runs_eagerly()
     known = recipe_of(x) if recomputes else None
     # A grouped convolution is cheap, so it runs again for whoever reads its output.
     leaves = recomputes and groups > 1
-    options = stride, padding, groups
+    options = stride, padding, dilation, groups
     recipe = Recipe.of_kept(x) if known is None else known.shared() if leaves else known
     if known is None and not torch.is_autocast_enabled(x.device.type):
-        y = F.conv2d(x, weight, bias, stride, padding, 1, groups)
+        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     else:
         y = _Convolution.apply(options, recipe, x, weight, bias)
     return leave(y, recipe.then(_convolution_of(x, options), weight, bias)) if leaves else y
 
 
-def _convolution_of(x: Tensor, options: tuple[int, int, int]) -> Function:
+def _convolution_of(x: Tensor, options: Options) -> Function:
     """The convolution under the autocast that is on now, as a function of input, weight and bias."""
-    stride, padding, groups = options
+    stride, padding, dilation, groups = options
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         with torch.autocast(device, enabled=False):
             if dtype is None:
-                return F.conv2d(x, weight, bias, stride, padding, 1, groups)
+                return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
             if groups > 1:
-                return F.conv2d(x.float(), weight.float(), bias.float(), stride, padding, 1, groups).to(dtype)
-            return conv_with_exact_bias(x.to(dtype), weight.to(dtype), bias.float(), stride, padding, groups)
+                return F.conv2d(x.float(), weight.float(), bias.float(), stride, padding, dilation, groups).to(dtype)
+            return conv_with_exact_bias(x.to(dtype), weight.to(dtype), bias.float(), *options)
 
     return forward
 
@@ -193,9 +203,7 @@ class _Convolution(torch.autograd.Function):
     """A convolution that keeps its input, or the recipe of it; under autocast in the precision that gradients need."""
 
     @staticmethod
-    def forward(
-        ctx: Any, options: tuple[int, int, int], recipe: Recipe, x: Tensor, weight: Tensor, bias: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, options: Options, recipe: Recipe, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.options = options
         ctx.recipe = recipe.function
         ctx.save_for_backward(weight, *recipe.kept)
@@ -207,6 +215,6 @@ class _Convolution(torch.autograd.Function):
         weight, *kept = ctx.saved_tensors
         x = ctx.recipe(*kept)
         # Grouped convolutions run in the precision of their parameters.
-        dtype = weight.dtype if ctx.options[2] > 1 else grad.dtype
+        dtype = weight.dtype if ctx.options[3] > 1 else grad.dtype
         grads = conv_backward(grad.to(dtype), x.to(dtype), weight.to(dtype), *ctx.options, ctx.needs_input_grad[2:])
         return None, None, *grads

@@ -159,6 +159,8 @@ class ReparamBlock(nn.Module, ABC):
         stride: Stride of the equivalent convolution.
         padding: Its zero padding.
         groups: Its groups.
+
+    Its dilation is 1 until :func:`~repvit_mm.layers.dilate` changes it.
     """
 
     folds = True
@@ -170,6 +172,7 @@ class ReparamBlock(nn.Module, ABC):
         super().__init__()
         self.stride = stride
         self.padding = padding
+        self.dilation = 1
         self.groups = groups
         self._kept: KeptKernel | None = None
         self._shared: Kernel | None = None  # see kernels_together
@@ -224,7 +227,8 @@ class ReparamBlock(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         if not self.runs_folded():
             return self.branches(x)
-        return convolve(x, *self.kernel(), self.stride, self.padding, self.groups, recomputes=self.recomputes)
+        options = self.stride, self.padding, self.dilation, self.groups
+        return convolve(x, *self.kernel(), *options, recomputes=self.recomputes)
 
     def train(self, mode: bool = True) -> 'ReparamBlock':
         self._kept = None  # its memory is not needed while branches run
@@ -260,6 +264,7 @@ class ReparamBlock(nn.Module, ABC):
             tuple(size),
             self.stride,
             self.padding,
+            self.dilation,
             groups=self.groups,
             device=like.device,
             dtype=like.dtype,

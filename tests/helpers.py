@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from repvit_mm import FastViT, MobileOne, RepViT, switch_to_deploy
 from repvit_mm.backbone import ReparamBackbone
 from repvit_mm.fastvit import LargeKernelConv, PositionEncoding, RepMixer
-from repvit_mm.layers import ChannelLinear, ConvBN, LayerScale, MobileOneBlock, NormLinear
+from repvit_mm.layers import ChannelLinear, ConvBN, LayerScale, MobileOneBlock, NormLinear, dilate
 from repvit_mm.reparam import reparam_blocks
 from repvit_mm.repvit import TokenMixer
 
@@ -209,6 +209,13 @@ SMALL = {
     ),
 }
 
+
+def dilated(block: nn.Module) -> nn.Module:
+    """The same block as it stands in a stage with a dilation of 3, behind one with a dilation of 2."""
+    dilate(block, 2, 3)
+    return block
+
+
 # Every kind of re-parameterizable block, each for 6 channels in.
 BLOCKS = {
     'conv1x1': partial(ConvBN, 6, 10),
@@ -220,6 +227,9 @@ BLOCKS = {
     'mobile_one_stride2': partial(MobileOneBlock, 6, 10, 3, stride=2),
     'mobile_one_depthwise': partial(MobileOneBlock, 6, 6, 3, groups=6, num_convs=3),
     'mobile_one_1x1': partial(MobileOneBlock, 6, 6, 1),
+    'token_mixer_dilated': lambda: dilated(TokenMixer(6, norm_after_sum=True)),
+    'mobile_one_stride2_dilated': lambda: dilated(MobileOneBlock(6, 10, 3, stride=2)),
+    'large_kernel_dilated': lambda: dilated(LargeKernelConv(6, 12)),
     'rep_mixer': partial(RepMixer, 6, layer_scale=1e-5),
     'large_kernel': partial(LargeKernelConv, 6, 12),
     'position_encoding': partial(PositionEncoding, 6),

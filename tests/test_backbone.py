@@ -34,10 +34,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from repvit_mm import FastViT, RepViT, switch_to_deploy
+import repvit_mm.backbone
+from repvit_mm import FastViT, MobileOne, RepViT, switch_to_deploy
 from repvit_mm.backbone import ReparamBackbone, options_of
 from repvit_mm.checkpoint import CheckpointError
-from repvit_mm.layers import StochasticDepth
+from repvit_mm.layers import SqueezeExcite, StochasticDepth
 from repvit_mm.reparam import ReparamBlock, kernels_together, plain_formulation, reparam_blocks
 
 FIRST_GOLDENS = list({golden.backbone: golden for golden in reversed(GOLDENS)}.values())
@@ -193,6 +194,77 @@ class TestMaps:
         for name in ('stages.4.0.x', 'stages.1.99.x', 'stages.0.2.x', 'stages.0.x', 'stages.a.0.x', 'x'):
             with pytest.raises(CheckpointError, match=re.escape(f'unexplained: 1 ({name})')):
                 network.load_state_dict({**weights, name: torch.zeros(1)}, strict=True)
+
+
+class TestOutputStride:
+    """Stages that keep their resolution and dilate their convolutions."""
+
+    @pytest.mark.parametrize('output_stride', [8, 16, 32])
+    @pytest.mark.parametrize('deploy', [False, True], ids=['unfused', 'fused'])
+    def test_strides(self, build, output_stride, deploy):
+        network = build(output_stride=output_stride, deploy=deploy).eval()
+        strides = [min(s, output_stride) for s in (4, 8, 16, 32)]
+        for size in ((64, 96), (75, 101)):
+            maps = network(torch.randn(1, 3, *size))
+            assert [m.shape[2:] for m in maps] == [tuple(math.ceil(side / s) for side in size) for s in strides]
+
+    def test_weights_are_the_same(self, build):
+        plain, dilated = build(), build(output_stride=8)
+        dilated.load_state_dict(plain.state_dict(), strict=True)
+        fused = build(output_stride=8, deploy=True)
+        fused.load_state_dict(plain.state_dict(), strict=True)
+        x = torch.randn(1, 3, 64, 96)
+        assert largest_error(fused.eval()(x), dilated.eval()(x)) < 1e-5
+
+    def every_other_place(self, name: str, output_stride: int) -> float:
+        """How far a dilated network is, at the strided one's places, from the strided one."""
+        cls, arch = SMALL[name]
+        arch = {**arch, 'attention': False} if 'attention' in arch else arch
+        plain, dilated = (randomize(cls(arch, output_stride=s).double()).eval() for s in (32, output_stride))
+        x = torch.randn(1, 3, 64, 96).double()
+        steps = [max(s // output_stride, 1) for s in (4, 8, 16, 32)]
+        with plain_formulation(dilated):
+            maps = dilated(x)
+        return largest_error([m[..., ::step, ::step] for m, step in zip(maps, steps, strict=True)], plain(x))
+
+    @pytest.fixture
+    def fixed_gates(self, monkeypatch):
+        """A gate sees the mean of all places, and attention every one of them: they alone tell the networks apart."""
+        monkeypatch.setattr(SqueezeExcite, 'gate', lambda se, x: se.fc2.bias.sigmoid()[:, None, None])
+
+    @pytest.mark.parametrize('output_stride', [8, 16])
+    @pytest.mark.parametrize('name', SMALL)
+    @torch.no_grad()
+    def test_every_other_place_is_that_of_the_strided_network(self, name, output_stride, fixed_gates):
+        assert self.every_other_place(name, output_stride) < 1e-9
+
+    @pytest.mark.parametrize('name', SMALL)
+    @torch.no_grad()
+    def test_check_notices_a_first_layer_dilated_like_the_others(self, name, fixed_gates, monkeypatch):
+        """Twin."""
+        dilate = repvit_mm.backbone.dilate
+        monkeypatch.setattr(repvit_mm.backbone, 'dilate', lambda stage, before, dilation: dilate(stage, 2, dilation))
+        assert self.every_other_place(name, 16) > 1e-3
+
+    @pytest.mark.parametrize('output_stride', [8, 16])
+    def test_fused_network_and_gradients_are_those_of_the_branches(self, build, x, output_stride):
+        network = build(norm_eval=True, output_stride=output_stride).double().train()
+        assert max(gradient_errors(network, x.double()).values()) < 1e-9
+        with torch.no_grad(), plain_formulation(network):
+            expected = network(x.double())
+        with torch.no_grad():
+            assert largest_error(switch_to_deploy(network.eval())(x.double()), expected) < 1e-9
+
+    @pytest.mark.parametrize('output_stride', [8, 16])
+    def test_timm_dilates_mobileone_likewise(self, output_stride):
+        timm = pytest.importorskip('timm', reason='timm is not installed')
+        theirs = timm.create_model('mobileone_s1', features_only=True, output_stride=output_stride)
+        theirs = randomize(theirs.double()).eval()
+        ours = MobileOne('s1', output_stride=output_stride).double().eval()
+        ours.load_state_dict({name.replace('_', '.', 1): t for name, t in theirs.state_dict().items()})
+        x = image().double()
+        with torch.no_grad():
+            assert largest_error(ours(x), theirs(x)[1:]) < 1e-9
 
 
 class TestFreezing:
@@ -690,6 +762,8 @@ class TestArguments:
             (dict(frozen_stages=5), ValueError, ['frozen_stages=5', '4']),
             (dict(frozen_stages=-2), ValueError, ['frozen_stages=-2', '-1']),
             (dict(frozen_stages='all'), ValueError, ["frozen_stages='all'", '-1']),
+            (dict(output_stride=4), ValueError, ['output_stride=4', 'expected 32, or 16 or 8']),
+            (dict(output_stride='8'), ValueError, ["output_stride='8'", 'expected 32, or 16 or 8']),
             (dict(drop_path_rate=1.0), ValueError, ['drop_path_rate=1.0', 'below 1']),
             (dict(drop_path_rate=-0.1), ValueError, ['drop_path_rate=-0.1', 'from 0']),
             (dict(drop_path_rate=math.nan), ValueError, ['drop_path_rate=nan', 'from 0']),
@@ -740,6 +814,7 @@ class TestArguments:
             assert {
                 'out_indices': (0, 1, 2, 3),
                 'tap': 'stage_end',
+                'output_stride': 32,
                 'norm_eval': False,
                 'frozen_stages': -1,
                 'with_cp': False,

@@ -116,20 +116,21 @@ def test_package_offers_its_own_configs():
     assert Config.fromfile(Path(repvit_mm.__file__).parents[1] / 'configs/seg/fpn_repvit_m0_6_shapes.py').model
 
 
-@pytest.mark.parametrize(('groups', 'size'), [(1, 1), (1, 3), (8, 3)])
-def test_bias_is_added_before_the_sum_is_rounded(groups, size):
+@pytest.mark.parametrize(('groups', 'size', 'dilation'), [(1, 1, 1), (1, 3, 1), (8, 3, 1), (1, 3, 2)])
+def test_bias_is_added_before_the_sum_is_rounded(groups, size, dilation):
+    options = 2, dilation * (size // 2), dilation, groups
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 8, 40, 40, generator=generator).bfloat16()
     weight = torch.randn(8, 8 // groups, size, size, generator=generator).bfloat16()
     bias = torch.randn(8, generator=generator)
-    exact = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), 2, size // 2, 1, groups)
+    exact = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), *options)
 
     def offset(y: torch.Tensor) -> float:
         """What every place of a channel is off by, the worst one's."""
         return (y.double() - exact).mean((0, 2, 3)).abs().max().item()
 
-    y = conv_with_exact_bias(x, weight, bias, 2, size // 2, groups)
-    rounded = torch.nn.functional.conv2d(x, weight, bias.bfloat16(), 2, size // 2, 1, groups)
+    y = conv_with_exact_bias(x, weight, bias, *options)
+    rounded = torch.nn.functional.conv2d(x, weight, bias.bfloat16(), *options)
     assert y.dtype is torch.bfloat16 and y.shape == exact.shape
     assert relative_error(y, exact) < 4e-3
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import randomize, relative_error
+from helpers import dilated, randomize, relative_error
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,11 +24,13 @@ CHEAP = {
     'depthwise': partial(ConvBN, CHANNELS, CHANNELS, 3, groups=CHANNELS),
     'depthwise_stride2': partial(ConvBN, CHANNELS, CHANNELS, 3, stride=2, groups=CHANNELS),
     'token_mixer': partial(TokenMixer, CHANNELS, norm_after_sum=True),
+    'token_mixer_dilated': lambda: dilated(TokenMixer(CHANNELS, norm_after_sum=True)),
     'depthwise_relu': lambda: nn.Sequential(ConvBN(CHANNELS, CHANNELS, 3, groups=CHANNELS), ReLU()),
 }
 CONVS = {
     '1x1': partial(ConvBN, CHANNELS, 10),
     '3x3_stride2': partial(ConvBN, CHANNELS, 10, 3, stride=2),
+    '3x3_dilated': lambda: dilated(ConvBN(CHANNELS, 10, 3)),
     '5x5_groups': partial(ConvBN, CHANNELS, 9, 5, groups=3),
     'layer_scale': lambda: LayerScale(nn.Conv2d(CHANNELS, 10, 1), 10, 0.1),
 }

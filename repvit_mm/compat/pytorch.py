@@ -91,7 +91,9 @@ def gelu_(x: Tensor) -> Tensor:
     return torch.ops.aten.gelu_(x)
 
 
-def conv_with_exact_bias(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, groups: int) -> Tensor:
+def conv_with_exact_bias(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, dilation: int, groups: int
+) -> Tensor:
     """A convolution in half precision whose bias is added in float32, before the sum is rounded.
 
     ``torch.nn.functional.conv2d`` wants the bias in the dtype of the map. oneDNN adds a float32 one where it
@@ -103,25 +105,33 @@ def conv_with_exact_bias(x: Tensor, weight: Tensor, bias: Tensor, stride: int, p
         bias: ``(C_out,)``, float32.
         stride: Stride.
         padding: Zero padding.
+        dilation: Distance between the places that a kernel reads.
         groups: Groups.
     """
     if x.device.type == 'cpu' and x.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pairs = [padding] * 2, [stride] * 2, [1, 1]
+        pairs = [padding] * 2, [stride] * 2, [dilation] * 2
         return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *pairs, groups, 'none', [], '')
-    y = torch.nn.functional.conv2d(x, weight, None, stride, padding, 1, groups)
+    y = torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups)
     return y.add_(bias.view(-1, 1, 1))
 
 
 def conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, groups: int, needed: Sequence[bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+    needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of a convolution's input, weight and bias, those that are ``needed``, in one operation.
 
     ``torch.nn.grad`` has one function for the input and one for the weight, and none for the bias.
     """
-    bias_shape, strides, paddings = [len(weight)], [stride, stride], [padding, padding]
+    bias_shape, strides, paddings, dilations = [len(weight)], [stride] * 2, [padding] * 2, [dilation] * 2
     return torch.ops.aten.convolution_backward(
-        grad, x, weight, bias_shape, strides, paddings, [1, 1], False, [0, 0], groups, needed
+        grad, x, weight, bias_shape, strides, paddings, dilations, False, [0, 0], groups, needed
     )
 
 
