@@ -35,7 +35,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import repvit_mm.backbone
-from repvit_mm import FastViT, MobileOne, RepViT, switch_to_deploy
+from repvit_mm import FastViT, RepViT, switch_to_deploy
 from repvit_mm.backbone import ReparamBackbone, options_of
 from repvit_mm.checkpoint import CheckpointError
 from repvit_mm.layers import SqueezeExcite, StochasticDepth
@@ -254,17 +254,6 @@ class TestOutputStride:
             expected = network(x.double())
         with torch.no_grad():
             assert largest_error(switch_to_deploy(network.eval())(x.double()), expected) < 1e-9
-
-    @pytest.mark.parametrize('output_stride', [8, 16])
-    def test_timm_dilates_mobileone_likewise(self, output_stride):
-        timm = pytest.importorskip('timm', reason='timm is not installed')
-        theirs = timm.create_model('mobileone_s1', features_only=True, output_stride=output_stride)
-        theirs = randomize(theirs.double()).eval()
-        ours = MobileOne('s1', output_stride=output_stride).double().eval()
-        ours.load_state_dict({name.replace('_', '.', 1): t for name, t in theirs.state_dict().items()})
-        x = image().double()
-        with torch.no_grad():
-            assert largest_error(ours(x), theirs(x)[1:]) < 1e-9
 
 
 class TestFreezing:

@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS, TRANSFORMS, DefaultScope, init_default_scope
-from mmengine.structures import InstanceData, PixelData
+from samples import detection_sample, segmentation_sample
 from torch import nn
 
 from repvit_mm import RepViT
@@ -72,35 +72,6 @@ def build(cfg):
     return revert_sync_batchnorm(MODELS.build(model))
 
 
-def detection_batch(size, classes):
-    from mmdet.structures import DetDataSample
-    from mmdet.structures.mask import BitmapMasks
-
-    height, width = size
-    boxes = torch.tensor([[4.0, 6.0, 40.0, 50.0], [20.0, 10.0, 80.0, 60.0]])
-    masks = np.zeros((2, height, width), np.uint8)
-    for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
-        mask[y1:y2, x1:x2] = 1
-    sample = DetDataSample(
-        metainfo=dict(
-            img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1.0, 1.0), img_id=0
-        )
-    )
-    sample.gt_instances = InstanceData(
-        bboxes=boxes, labels=torch.tensor([0, classes - 1]), masks=BitmapMasks(masks, height, width)
-    )
-    sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
-    return sample
-
-
-def segmentation_batch(size, classes):
-    from mmseg.structures import SegDataSample
-
-    sample = SegDataSample(metainfo=dict(img_shape=size, ori_shape=size, pad_shape=size))
-    sample.gt_sem_seg = PixelData(data=torch.randint(classes, (1, *size)))
-    return sample
-
-
 def is_typical(path):
     family, arch = family_and_arch(path)
     return arch == family.typical
@@ -127,11 +98,11 @@ def test_config_builds_forwards_learns_and_predicts(path):
     assert [m.shape[2:] for m in maps] == [(16, 24), (8, 12), (4, 6), (2, 3)]
 
     if cfg.default_scope == 'mmdet':
-        sample = detection_batch(size, cfg.model.roi_head.bbox_head.num_classes)
+        sample = detection_sample(size, cfg.model.roi_head.bbox_head.num_classes)
     else:
         cfg.model.data_preprocessor.size = size
         model = build(cfg)
-        sample = segmentation_batch(size, cfg.model.decode_head.num_classes)
+        sample = segmentation_sample(size, cfg.model.decode_head.num_classes)
     model.train()
     if model.backbone.norm_eval:
         assert not any(m.training for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d))
