@@ -25,6 +25,7 @@ _missing = missing_frameworks()
 if not _missing:
     check_frameworks()
 
+    from . import normalization  # noqa: F401  warns from here on
     from .compat.openmmlab import offer_configs
     from .fastvit import FastViT
     from .hooks import FuseOnDeployHook

@@ -44,14 +44,20 @@ def iterator_within(batches: Iterator, dataloader: DataLoader) -> Iterator:
     return batches._iterator
 
 
+def may_normalize(preprocessor: object) -> bool:
+    """Whether this is a data preprocessor for images, which says whether it normalizes; MMEngine's plain one is not."""
+    return hasattr(preprocessor, '_enable_normalize')
+
+
 def normalizes(preprocessor: nn.Module) -> bool:
     """Whether a data preprocessor normalizes images, which those of MMEngine, MMDetection and MMSegmentation keep."""
     return getattr(preprocessor, '_enable_normalize', False)
 
 
 def reverses_channels(preprocessor: nn.Module) -> bool:
-    """Whether a data preprocessor hands BGR images over as RGB; only MMSegmentation's says so publicly."""
-    return getattr(preprocessor, 'channel_conversion', getattr(preprocessor, '_channel_conversion', False))
+    """Whether a data preprocessor hands BGR images over as RGB; MMDetection's does not say so publicly."""
+    names = ('channel_conversion', 'to_rgb', '_channel_conversion')  # MMSegmentation's, MMPretrain's, MMDetection's
+    return next((bool(getattr(preprocessor, name)) for name in names if hasattr(preprocessor, name)), False)
 
 
 class SavingBeforeRemovingHook(CheckpointHook):
