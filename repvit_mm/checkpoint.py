@@ -102,15 +102,15 @@ def check_file(path: Path) -> None:
         )
 
 
-def read_safetensors(path: Path, map_location: Any) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file."""
+def read_safetensors(path: Path, map_location: Any) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a ``.safetensors`` file, in the containers that MMSegmentation's ``init_model`` asks for."""
     # Imported here: whoever reads no such file does not need it, from a checkout say.
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     device = map_location if isinstance(map_location, str | torch.device) else 'cpu'
     try:
-        return load_file(path, device=str(device))
+        return {'meta': {}, 'state_dict': load_file(path, device=str(device))}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f'checkpoint {path} is damaged or no safetensors file ({one_line(error, 120)})') from None
 

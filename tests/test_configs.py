@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import FAMILIES
 from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS, TRANSFORMS, DefaultScope, init_default_scope
@@ -19,6 +20,7 @@ from torch import nn
 
 from repvit_mm import RepViT
 from repvit_mm.datasets import shapes
+from repvit_mm.normalization import MEAN, STD
 
 # Every config stands on one of MMDetection's or MMSegmentation's.
 pytestmark = pytest.mark.needs_ops
@@ -26,7 +28,8 @@ pytestmark = pytest.mark.needs_ops
 CONFIGS = Path(__file__).parents[1] / 'configs'
 DETECTION = sorted((CONFIGS / 'det').glob('*.py'))
 SEGMENTATION = sorted((CONFIGS / 'seg').glob('*.py'))
-COCO = [path for path in DETECTION if path.stem.endswith('coco')]
+COCO = [path for path in DETECTION if path.stem.endswith('1x_coco')]
+YOLO = [path for path in DETECTION if path.stem.endswith('300e_coco')]
 ADE20K = [path for path in SEGMENTATION if path.stem.endswith('ade20k_40k')]
 SHAPES = [path for path in DETECTION + SEGMENTATION if path.stem.endswith('shapes')]
 
@@ -72,6 +75,10 @@ def build(cfg):
     return revert_sync_batchnorm(MODELS.build(model))
 
 
+def has_masks(path):
+    return path.stem.startswith('mask_rcnn')
+
+
 def is_typical(path):
     family, arch = family_and_arch(path)
     return arch == family.typical
@@ -95,15 +102,19 @@ def test_config_builds_forwards_learns_and_predicts(path):
 
     maps = model.backbone(inputs)
     assert [m.shape[1] for m in maps] == list(cfg.model.neck.in_channels) == list(model.backbone.out_channels)
-    assert [m.shape[2:] for m in maps] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+    sides = [(16, 24), (8, 12), (4, 6), (2, 3)]
+    assert [m.shape[2:] for m in maps] == [sides[index] for index in model.backbone.out_indices]
 
     if cfg.default_scope == 'mmdet':
-        sample = detection_sample(size, cfg.model.roi_head.bbox_head.num_classes)
+        sample = detection_sample(size, (cfg.model.get('roi_head') or cfg.model).bbox_head.num_classes)
+        if not has_masks(path):
+            del sample.gt_instances.masks
     else:
         cfg.model.data_preprocessor.size = size
         model = build(cfg)
         sample = segmentation_sample(size, cfg.model.decode_head.num_classes)
     model.train()
+    MessageHub.get_current_instance().update_info('iter', 0)  # YOLOX's preprocessor asks for it
     if model.backbone.norm_eval:
         assert not any(m.training for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d))
     batch = model.data_preprocessor(dict(inputs=[inputs[0]], data_samples=[sample]), training=True)
@@ -113,14 +124,15 @@ def test_config_builds_forwards_learns_and_predicts(path):
     assert torch.isfinite(loss) and loss > 0, logged
     loss.backward()
     without = [n for n, p in model.named_parameters() if p.grad is None]
-    assert not without
+    assert not without, without
 
     model.eval()
     test_sample = copy.deepcopy(sample)
     with torch.no_grad():
         result = model.test_step(dict(inputs=[inputs[0]], data_samples=[test_sample]))[0]
     if cfg.default_scope == 'mmdet':
-        assert result.pred_instances.masks.shape[1:] == size
+        assert ('masks' in result.pred_instances) is has_masks(path)
+        assert not has_masks(path) or result.pred_instances.masks.shape[1:] == size
     else:
         assert result.pred_sem_seg.data.shape == (1, *size)
 
@@ -200,6 +212,36 @@ def test_coco_recipe(path):
     assert cfg.test_evaluator.metric == ['bbox', 'segm']
 
 
+@pytest.mark.parametrize('path', YOLO, ids=name)
+def test_yolo_recipe_is_the_bases_but_for_backbone_and_normalization(path):
+    cfg = load(path)
+    (base,) = re.findall('_base_ = .+', path.read_text())
+    theirs = Config.fromstring(base, '.py')
+    family, arch = family_and_arch(path)
+    assert cfg.model.backbone == dict(
+        type='RepViT',
+        arch=arch,
+        out_indices=(1, 2, 3),
+        init_cfg=dict(type='Pretrained', checkpoint=family.weights(arch)),
+    )
+    assert cfg.model.neck.in_channels == list(family.cls.specs[arch].channels[1:])
+    ours = cfg.model.data_preprocessor
+    assert (ours.mean, ours.std, ours.bgr_to_rgb) == (list(MEAN), list(STD), True)
+    for model in (cfg.model, theirs.model):
+        del model['backbone'], model['neck']['in_channels']
+        for key in ('mean', 'std', 'bgr_to_rgb'):
+            model.data_preprocessor.pop(key, None)
+    assert {key for key in {*cfg, *theirs} if cfg.get(key) != theirs.get(key)} == {'checkpoint', 'custom_imports'}
+
+
+def test_there_is_a_yolox_and_an_rtmdet_with_repvit():
+    assert {path.name for path in YOLO} == {
+        'yolox_repvit_m0_9_8xb8-300e_coco.py',
+        'rtmdet_repvit_m1_1_8xb32-300e_coco.py',
+    }
+    assert [path.name for path in SHAPES if 'rtmdet' in path.stem] == ['rtmdet_repvit_m0_6_shapes.py']
+
+
 @pytest.mark.parametrize('path', ADE20K, ids=name)
 def test_ade20k_recipe(path):
     cfg = load(path)
@@ -262,7 +304,7 @@ def test_ade20k_test_images_go_up_to_multiples_of_32_and_the_ground_truth_keeps_
 
 
 def test_every_family_has_the_two_configs_of_the_demo():
-    found = sorted((family_and_arch(path)[0].name, path.parent.name) for path in SHAPES)
+    found = sorted((family_and_arch(path)[0].name, path.parent.name) for path in SHAPES if 'rtmdet' not in path.stem)
     assert found == sorted((family.name, task) for family in FAMILIES for task in ('det', 'seg'))
 
 
@@ -270,7 +312,8 @@ def test_every_family_has_the_two_configs_of_the_demo():
 def test_shapes_configs_name_the_classes_of_the_data_set(path):
     cfg = load(path)
     if path in DETECTION:
-        classes, palette, found = shapes.CLASSES, shapes.PALETTE, cfg.model.roi_head.mask_head
+        classes, palette = shapes.CLASSES, shapes.PALETTE
+        found = cfg.model.roi_head.mask_head if has_masks(path) else cfg.model.bbox_head
     else:
         classes, palette, found = shapes.SEG_CLASSES, shapes.SEG_PALETTE, cfg.model.decode_head
     for split in ('train', 'val', 'test'):
