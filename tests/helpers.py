@@ -257,6 +257,19 @@ def randomize(model: nn.Module) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def settle(backbone: ReparamBackbone, images: Tensor) -> None:
+    """Give norms constants that count, and the statistics of these images."""
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, -0.5, 0.5)
+        norm.momentum = 1.0
+        norm.train()
+    backbone(images)
+    backbone.eval()
+
+
 def normalize(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """What a norm with frozen statistics computes."""
     return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias)

@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 from existing_configs import PAGE, ROWS, Row, page
-from helpers import relative_error
+from helpers import relative_error, settle
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.registry import DefaultScope
 from samples import detection_sample, segmentation_sample
 from torch import Tensor, nn
 
-from repvit_mm.backbone import ReparamBackbone
 from repvit_mm.deploy.load import build_model
 from repvit_mm.reparam import plain_formulation, switch_to_deploy
 
@@ -57,19 +56,6 @@ def read(row: Row) -> Config:
     if cfg.default_scope == 'mmseg':
         cfg.model.data_preprocessor.size = row.size
     return cfg
-
-
-@torch.no_grad()
-def settle(backbone: ReparamBackbone, images: Tensor) -> None:
-    """Give norms constants that count, and the statistics of these images."""
-    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.uniform_(norm.bias, -0.5, 0.5)
-        norm.momentum = 1.0
-        norm.train()
-    backbone(images)
-    backbone.eval()
 
 
 def samples(cfg: Config, size: tuple[int, int], count: int) -> list:
