@@ -316,7 +316,7 @@ class ReparamBackbone(BaseModule, ABC):
         learns = torch.is_grad_enabled()
         if not runs_eagerly() or (learns and not self._runs_folded()):
             return self._maps(x)
-        with overwriting(not any(map(has_hooks, tree_of(self)))):
+        with overwriting(not any(map(has_hooks, tree_of(self)[1:]))):
             if x.device.type == 'cpu':
                 return self._maps_in_channels_last(x) if self.channels_last else self._maps(x)
             # With checkpointing, a block's second run has to do what its first one did.
