@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 
-# The one class that all BatchNorms have in common, SyncBatchNorm and those of other dimensions too.
+# The one class that all norms of a kind have in common, SyncBatchNorm and those of other dimensions too.
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm
 
 # Tensors compare element by element, so the weak dictionaries of the standard library cannot hold them as keys.
 from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
     'BatchNorm',
+    'InstanceNorm',
     'WeakTensorKeyDictionary',
     'any_row_count',
     'children_of',

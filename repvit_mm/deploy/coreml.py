@@ -31,6 +31,8 @@ def write_package(graph: Graph, images: Tensor, info: FileInfo, path: Path, half
     """
     import coremltools
 
+    from ..compat.coreml import whole_number_division
+
     normalization = graph.preprocess.mean, graph.preprocess.std
     mean, std = (values.flatten() for values in normalization)
     scale = 1 / float(std.mean())
@@ -42,23 +44,24 @@ def write_package(graph: Graph, images: Tensor, info: FileInfo, path: Path, half
     finally:
         graph.preprocess.mean, graph.preprocess.std = normalization
     shapes = [(1, 3, *size) for size in info.sizes]
-    model = _convert(
-        program,
-        inputs=[
-            coremltools.ImageType(
-                name='images',
-                shape=shapes[0] if len(shapes) == 1 else coremltools.EnumeratedShapes(shapes, default=shapes[0]),
-                scale=scale,
-                bias=[-float(value) * scale for value in mean],
-                color_layout=coremltools.colorlayout.RGB,
-            )
-        ],
-        outputs=[coremltools.TensorType(name=name) for name in graph.outputs],
-        convert_to='mlprogram',
-        minimum_deployment_target=coremltools.target.iOS16,
-        compute_precision=_half_maps() if half else coremltools.precision.FLOAT32,
-        skip_model_load=True,
-    )
+    with whole_number_division():
+        model = coremltools.convert(
+            program,
+            inputs=[
+                coremltools.ImageType(
+                    name='images',
+                    shape=shapes[0] if len(shapes) == 1 else coremltools.EnumeratedShapes(shapes, default=shapes[0]),
+                    scale=scale,
+                    bias=[-float(value) * scale for value in mean],
+                    color_layout=coremltools.colorlayout.RGB,
+                )
+            ],
+            outputs=[coremltools.TensorType(name=name) for name in graph.outputs],
+            convert_to='mlprogram',
+            minimum_deployment_target=coremltools.target.iOS16,
+            compute_precision=_half_maps() if half else coremltools.precision.FLOAT32,
+            skip_model_load=True,
+        )
     found = Counter(operation.type for operation in operations(model.get_spec()))
     if found['conv'] != convolutions:
         raise ExportError(f'the Core ML program has {found["conv"]} convolutions, the fused network {convolutions}')
@@ -84,25 +87,6 @@ def _half_maps() -> Any:
     return coremltools.transform.FP16ComputePrecision(
         op_selector=lambda operation: all(output.rank == 4 for output in operation.outputs)
     )
-
-
-def _convert(*args: Any, **options: Any) -> Any:
-    """``coremltools.convert``, with whole numbers divided as such: it makes floats of them, which may be rounded."""
-    import coremltools
-    from coremltools.converters.mil import Builder
-    from coremltools.converters.mil.frontend.torch import ops
-    from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY as registry
-
-    def floor_divide(context: Any, node: Any) -> None:
-        first, second = ops._get_inputs(context, node, expected=2)
-        context.add(Builder.floor_div(x=first, y=second, name=node.name))
-
-    theirs = registry.get_func('floor_divide')
-    registry.set_func_by_name(floor_divide, 'floor_divide')
-    try:
-        return coremltools.convert(*args, **options)
-    finally:
-        registry.set_func_by_name(theirs, 'floor_divide')
 
 
 def count_convolutions(graph: nn.Module, images: Tensor) -> int:

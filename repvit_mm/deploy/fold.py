@@ -10,11 +10,9 @@ import numpy as np
 import torch
 from mmengine.logging import print_log
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..backbone import ReparamBackbone
-from ..compat.pytorch import children_of
+from ..compat.pytorch import BatchNorm, InstanceNorm, children_of
 from ..reparam import conv_kernel, fold_norm
 
 
@@ -78,7 +76,7 @@ def fold_conv_norms(model: nn.Module) -> FoldReport:
     modules = {name: module for name, module in model.named_modules() if module not in theirs}
     norms = {name: module for name, module in modules.items() if _is_norm(module)}
     for name, norm in norms.items():
-        if isinstance(norm, _BatchNorm) and norm.training:
+        if isinstance(norm, BatchNorm) and norm.training:
             raise ValueError(f'{name or "the norm"} is in training mode: call eval() before folding')
     report = FoldReport()
     folds: list[tuple[_Pair, nn.Conv2d]] = []
@@ -162,7 +160,7 @@ def _consecutive(parent: nn.Module) -> tuple[dict[str, str], str]:
 
 def _obstacle(conv: nn.Module, norm: nn.Module) -> str | None:
     """Why a norm cannot be folded into the convolution before it, or ``None``."""
-    if not isinstance(norm, _BatchNorm):
+    if not isinstance(norm, BatchNorm):
         return f'{type(norm).__name__} depends on the image'
     if norm.running_mean is None:
         return 'it keeps no running statistics'
@@ -173,7 +171,7 @@ def _obstacle(conv: nn.Module, norm: nn.Module) -> str | None:
     return None
 
 
-def _folded(conv: nn.Conv2d, norm: _BatchNorm) -> nn.Conv2d:
+def _folded(conv: nn.Conv2d, norm: BatchNorm) -> nn.Conv2d:
     """A convolution followed by a norm as one convolution of the same options, dtype, device and memory format."""
     device = 'cpu' if conv.weight.device.type == 'mps' else conv.weight.device  # which has no float64
     exact_conv, exact_norm = (copy.deepcopy(module).to(device, torch.float64) for module in (conv, norm))
@@ -184,7 +182,7 @@ def _folded(conv: nn.Conv2d, norm: _BatchNorm) -> nn.Conv2d:
     return folded
 
 
-def _difference(conv: nn.Conv2d, norm: _BatchNorm, folded: nn.Conv2d) -> float:
+def _difference(conv: nn.Conv2d, norm: BatchNorm, folded: nn.Conv2d) -> float:
     """The largest output difference on a random input, relative to the largest output."""
     side = max((size - 1) * dilation + 1 for size, dilation in zip(conv.kernel_size, conv.dilation, strict=True))
     generator = torch.Generator().manual_seed(0)
@@ -217,7 +215,7 @@ def _classes(module: str, name: str) -> Iterator[type]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm | _InstanceNorm | nn.GroupNorm | nn.LayerNorm)
+    return isinstance(module, BatchNorm | InstanceNorm | nn.GroupNorm | nn.LayerNorm)
 
 
 def _abridged(names: list[str]) -> str:

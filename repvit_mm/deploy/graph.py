@@ -179,8 +179,10 @@ class SegmentorGraph(Graph):
         from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 
         super().__init__(model, preprocess)
-        _require(model, EncoderDecoder, 'predict', 'inference', 'whole_inference', 'encode_decode', 'extract_feat')
-        _require(model.decode_head, BaseDecodeHead, 'predict', 'predict_by_feat')
+        require_methods(
+            model, EncoderDecoder, 'predict', 'inference', 'whole_inference', 'encode_decode', 'extract_feat'
+        )
+        require_methods(model.decode_head, BaseDecodeHead, 'predict', 'predict_by_feat')
         if model.test_cfg.get('mode', 'whole') != 'whole':
             raise ExportError(
                 'a segmentor that slides over the image cannot be exported: '
@@ -244,9 +246,11 @@ class DetectorGraph(Graph):
         super().__init__(model, preprocess)
         self.suppress = suppress
         self.limit = model.bbox_head.test_cfg.max_per_img
-        _require(model, SingleStageDetector, 'predict', 'extract_feat')
+        require_methods(model, SingleStageDetector, 'predict', 'extract_feat')
         head = model.bbox_head
-        _require(head, BaseDenseHead, 'predict', 'predict_by_feat', '_predict_by_feat_single', '_bbox_post_process')
+        require_methods(
+            head, BaseDenseHead, 'predict', 'predict_by_feat', '_predict_by_feat_single', '_bbox_post_process'
+        )
         if type(head.bbox_coder).__name__ not in ('DeltaXYWHBBoxCoder', 'DistancePointBBoxCoder'):
             raise ExportError(f'the box coder {type(head.bbox_coder).__name__} cannot be exported')
         if getattr(head.loss_cls, 'custom_cls_channels', False):
@@ -284,7 +288,7 @@ class DetectorGraph(Graph):
             factors: Its map for factors of the scores, if it has one.
         """
         head, cfg = self.model.bbox_head, self.model.bbox_head.test_cfg
-        scores = _rows(classes, head.cls_out_channels)
+        scores = rows_of(classes, head.cls_out_channels)
         scores = scores.sigmoid() if head.use_sigmoid_cls else scores.softmax(dim=-1)[..., :-1]
         count = self.fixed(scores.shape[1] * scores.shape[2])
         limit = cfg.get('nms_pre', -1)
@@ -292,8 +296,8 @@ class DetectorGraph(Graph):
             scores, cfg.get('score_thr', 0), smaller(limit, count) if limit > 0 else count
         )
         if factors is not None:
-            scores = scores * _rows(factors, 1)[..., 0].sigmoid().gather(1, index)
-        boxes = take(_rows(boxes, 4), index)
+            scores = scores * rows_of(factors, 1)[..., 0].sigmoid().gather(1, index)
+        boxes = take(rows_of(boxes, 4), index)
         priors = priors[index]
         coder = head.bbox_coder
         if type(coder).__name__ == 'DistancePointBBoxCoder':
@@ -332,7 +336,7 @@ def backbone_graph(model: nn.Module) -> BackboneGraph:
     return BackboneGraph(model.backbone, preprocess)
 
 
-def _rows(map_: Tensor, width: int) -> Tensor:
+def rows_of(map_: Tensor, width: int) -> Tensor:
     """A head's map ``(N, A * width, H, W)`` as rows ``(N, H * W * A, width)``."""
     return map_.permute(0, 2, 3, 1).reshape(map_.shape[0], -1, width)
 
@@ -342,7 +346,7 @@ def _three(values: Tensor) -> list[float]:
     return values.flatten().expand(3).tolist()
 
 
-def _require(module: nn.Module, base: type, *methods: str) -> None:
+def require_methods(module: nn.Module, base: type, *methods: str) -> None:
     """Refuse a module that is no ``base``, or that overrides one of its methods, of which the graph is a rendering."""
     name = type(module).__name__
     if not isinstance(module, base):
