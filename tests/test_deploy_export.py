@@ -200,7 +200,7 @@ def test_coreml_normalization_is_split_exactly(tmp_path, monkeypatch):
         kept.update(program=program, image=inputs[0])
         return Converted()
 
-    monkeypatch.setattr(coreml, '_convert', convert)
+    monkeypatch.setattr('coremltools.convert', convert)
     monkeypatch.setattr(coreml, 'operations', lambda spec: [])
     monkeypatch.setattr(coreml, 'count_convolutions', lambda *args: 0)
     graph = build_graph(fuse_model(small_model('semantic_fpn')), 'coreml', Options(sizes=(SIZE,), logits=True))

@@ -179,10 +179,8 @@ class SegmentorGraph(Graph):
         from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 
         super().__init__(model, preprocess)
-        require_methods(
-            model, EncoderDecoder, 'predict', 'inference', 'whole_inference', 'encode_decode', 'extract_feat'
-        )
-        require_methods(model.decode_head, BaseDecodeHead, 'predict', 'predict_by_feat')
+        require(model, EncoderDecoder, 'predict', 'inference', 'whole_inference', 'encode_decode', 'extract_feat')
+        require(model.decode_head, BaseDecodeHead, 'predict', 'predict_by_feat')
         if model.test_cfg.get('mode', 'whole') != 'whole':
             raise ExportError(
                 'a segmentor that slides over the image cannot be exported: '
@@ -246,11 +244,9 @@ class DetectorGraph(Graph):
         super().__init__(model, preprocess)
         self.suppress = suppress
         self.limit = model.bbox_head.test_cfg.max_per_img
-        require_methods(model, SingleStageDetector, 'predict', 'extract_feat')
+        require(model, SingleStageDetector, 'predict', 'extract_feat')
         head = model.bbox_head
-        require_methods(
-            head, BaseDenseHead, 'predict', 'predict_by_feat', '_predict_by_feat_single', '_bbox_post_process'
-        )
+        require(head, BaseDenseHead, 'predict', 'predict_by_feat', '_predict_by_feat_single', '_bbox_post_process')
         if type(head.bbox_coder).__name__ not in ('DeltaXYWHBBoxCoder', 'DistancePointBBoxCoder'):
             raise ExportError(f'the box coder {type(head.bbox_coder).__name__} cannot be exported')
         if getattr(head.loss_cls, 'custom_cls_channels', False):
@@ -346,7 +342,7 @@ def _three(values: Tensor) -> list[float]:
     return values.flatten().expand(3).tolist()
 
 
-def require_methods(module: nn.Module, base: type, *methods: str) -> None:
+def require(module: nn.Module, base: type, *methods: str) -> None:
     """Refuse a module that is no ``base``, or that overrides one of its methods, of which the graph is a rendering."""
     name = type(module).__name__
     if not isinstance(module, base):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .graph import ExportError, Graph, Preprocess, require_methods, rows_of
+from .graph import ExportError, Graph, Preprocess, require, rows_of
 from .operators import (
     Size,
     clip_boxes,
@@ -223,40 +223,36 @@ def _check(model: nn.Module) -> None:
     from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
     from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
 
-    require_methods(model, TwoStageDetector, 'predict', 'extract_feat')
+    require(model, TwoStageDetector, 'predict', 'extract_feat')
     if not model.with_rpn:
         raise ExportError(f'{type(model).__name__} has no region proposal network of its own')
-    require_methods(
-        model.rpn_head, RPNHead, 'predict', 'predict_by_feat', '_predict_by_feat_single', '_bbox_post_process'
-    )
+    require(model.rpn_head, RPNHead, 'predict', 'predict_by_feat', '_predict_by_feat_single', '_bbox_post_process')
     head = model.roi_head
     if isinstance(head, CascadeRoIHead):
-        require_methods(head, CascadeRoIHead, 'predict', 'predict_bbox', '_refine_roi', '_bbox_forward')
-        require_methods(head, CascadeRoIHead, 'predict_mask', '_mask_forward')
+        require(head, CascadeRoIHead, 'predict', 'predict_bbox', '_refine_roi', '_bbox_forward')
+        require(head, CascadeRoIHead, 'predict_mask', '_mask_forward')
     else:
-        require_methods(
-            head, StandardRoIHead, 'predict', 'predict_bbox', '_bbox_forward', 'predict_mask', '_mask_forward'
-        )
+        require(head, StandardRoIHead, 'predict', 'predict_bbox', '_bbox_forward', 'predict_mask', '_mask_forward')
     if head.with_shared_head:
         raise ExportError(f'the shared head {type(head.shared_head).__name__} cannot be exported')
     extractors, heads = list(_stages(head.bbox_roi_extractor)), list(_stages(head.bbox_head))
     for box_head in heads:
-        require_methods(box_head, BBoxHead, 'predict_by_feat', '_predict_by_feat_single', 'regress_by_class')
+        require(box_head, BBoxHead, 'predict_by_feat', '_predict_by_feat_single', 'regress_by_class')
         if not (box_head.with_cls and box_head.with_reg):
             raise ExportError(f'{type(box_head).__name__} cannot be exported without classes or without boxes')
     if head.with_mask:
         extractors += _stages(head.mask_roi_extractor)
         for mask_head in _stages(head.mask_head):
-            require_methods(mask_head, FCNMaskHead, 'predict_by_feat', '_predict_by_feat_single')
+            require(mask_head, FCNMaskHead, 'predict_by_feat', '_predict_by_feat_single')
         if head.test_cfg.mask_thr_binary < 0:
             raise ExportError('masks without a threshold cannot be exported: set model.test_cfg.rcnn.mask_thr_binary')
     for extractor in extractors:
-        require_methods(extractor, SingleRoIExtractor, 'forward', 'map_roi_levels')
+        require(extractor, SingleRoIExtractor, 'forward', 'map_roi_levels')
         for layer in extractor.roi_layers:
             if type(layer).__name__ != 'RoIAlign' or layer.pool_mode != 'avg' or layer.use_torchvision:
                 raise ExportError(f'the RoI layer {layer} cannot be exported: only RoIAlign with averages can')
     for part in (model.rpn_head, *heads):
-        require_methods(part.bbox_coder, DeltaXYWHBBoxCoder, 'decode')
+        require(part.bbox_coder, DeltaXYWHBBoxCoder, 'decode')
         if getattr(part.loss_cls, 'custom_cls_channels', False):
             raise ExportError(f'the classes of {type(part.loss_cls).__name__} cannot be exported')
     for cfg in (model.rpn_head.test_cfg, head.test_cfg):
