@@ -1,12 +1,15 @@
 """Hooks for MMEngine's Runner."""
 
 import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 from torch import nn
 
 from .backbone import ReparamBackbone
@@ -123,3 +126,76 @@ class WholeCheckpointHook(Hook):
             CheckpointError: if a tensor outside the backbone does not fit.
         """
         check_outside_backbones(runner.model, checkpoint, runner.cfg.get('load_from'))
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a weight is no longer finite; the message is one line that says where."""
+
+
+@HOOKS.register_module()
+class FiniteLossHook(Hook):
+    """Stops a run as soon as a loss is infinite or not a number, before the next checkpoint is saved.
+
+    A checkpoint is not saved either if a weight in it is not finite: a step can do that behind a finite loss. The last
+    good checkpoint so stays the latest. MMEngine's own log reads every loss anyway: looking costs nothing more.
+
+    In a config: ``custom_hooks = [dict(type='FiniteLossHook')]``; ``tools/train.py`` adds it without being asked.
+    """
+
+    # Before CheckpointHook, which is VERY_LOW.
+    priority = 'NORMAL'
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Look at the losses of an iteration.
+
+        Raises:
+            NonFiniteError: if one of them is not finite.
+        """
+        for name, value in (outputs or {}).items():
+            if 'loss' in name and not torch.as_tensor(value).isfinite().all():
+                number = torch.as_tensor(value).float().mean().item()
+                raise NonFiniteError(
+                    f'iteration {runner.iter + 1}: {named_loss(outputs, name)} is {number}, on {images_of(data_batch)}; '
+                    f'{last_checkpoint(runner)}. Look at these images with tools/check_data.py, lower the learning rate '
+                    'or clip gradients; --keep-going trains on'
+                )
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Look at the weights that are to be saved.
+
+        Raises:
+            NonFiniteError: if one of them is not finite.
+        """
+        for name, tensor in checkpoint['state_dict'].items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise NonFiniteError(
+                    f'iteration {runner.iter + 1}: the weights are no longer finite ({name} first), no checkpoint is '
+                    f'saved; {last_checkpoint(runner)}. Lower the learning rate or clip gradients; --keep-going trains on'
+                )
+
+
+def named_loss(outputs: Mapping[str, Any], name: str) -> str:
+    """The part of a loss that is not finite, where the sum comes first."""
+    parts = [
+        part
+        for part, value in outputs.items()
+        if 'loss' in part and part != 'loss' and not torch.as_tensor(value).isfinite().all()
+    ]
+    return parts[0] if name == 'loss' and parts else name
+
+
+def images_of(data_batch: Any, most: int = 8) -> str:
+    """The files of a batch."""
+    samples = data_batch.get('data_samples', ()) if isinstance(data_batch, Mapping) else ()
+    paths = [str(getattr(sample, 'img_path', None) or getattr(sample, 'img_id', '?')) for sample in samples]
+    if not paths:
+        return 'a batch that does not name its images'
+    return ', '.join(paths[:most]) + (f' and {len(paths) - most} more' if len(paths) > most else '')
+
+
+def last_checkpoint(runner: Runner) -> str:
+    """Which checkpoint a run leaves behind."""
+    latest = find_latest_checkpoint(runner.work_dir)
+    return f'the last good checkpoint is {Path(latest)}' if latest else 'no checkpoint was saved before'

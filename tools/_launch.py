@@ -23,7 +23,8 @@ from mmengine.runner import Runner  # noqa: E402
 
 try:
     from repvit_mm.checkpoint import CheckpointError, check_file, download
-    from repvit_mm.deploy.load import plain_datasets
+    from repvit_mm.data_check import check_config
+    from repvit_mm.data_check.paths import is_there, wanted_paths
     from repvit_mm.deploy.metadata import TASKS
     from repvit_mm.messages import one_line
 except ImportError as error:
@@ -116,28 +117,39 @@ def check_data(cfg: Config, *splits: str) -> None:
         cfg: The config.
         splits: ``'train'``, ``'val'`` or ``'test'``; one that the config does not have is passed over.
     """
-    wanted: list[tuple[str, str]] = []
-    for split in splits:
-        loader = cfg.get(f'{split}_dataloader')
-        for name, dataset in plain_datasets(loader.dataset, f'{split}_dataloader.dataset') if loader else ():
-            root = dataset.get('data_root') or ''
-            prefixes = dataset.get('data_prefix') or {}
-            for key, path in [('ann_file', dataset.get('ann_file')), *prefixes.items()]:
-                if path:
-                    field = key if key == 'ann_file' else f'data_prefix.{key}'
-                    wanted.append((f'{name}.{field}', os.path.join(root, path)))
-        evaluators = cfg.get(f'{split}_evaluator') or []
-        for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
-            if split != 'train' and evaluator.get('ann_file'):
-                wanted.append((f'{split}_evaluator.ann_file', evaluator.ann_file))
-    for name, path in wanted:
-        if '://' not in path and not os.path.exists(path):
+    for name, path in wanted_paths(cfg, *splits):
+        if not is_there(path):
             hint = next((hint for start, hint in DATA_HINTS.items() if Path(path).is_relative_to(start)), None)
             sys.exit(
                 f'data not found: {path} ({name}; looked for it in {Path.cwd()}); '
                 + (f'{hint}, or ' if hint else '')
                 + 'set another path with --cfg-options'
             )
+
+
+def check_annotations(cfg: Config, config: str, *splits: str) -> None:
+    """Exit with one line if the splits' annotations would stop or ruin a run; what may be meant is printed.
+
+    Only the first process of a job looks. Annotations and headers are read, not every image.
+
+    Args:
+        cfg: The config.
+        config: Its path, for the message.
+        splits: As for :func:`check_data`.
+    """
+    if not is_first_process():
+        return
+    errors, warned = [], []
+    for report in check_config(cfg, splits, quick=True):
+        errors += report.errors
+        warned += report.warnings
+    for text in warned:
+        print(f'warning: {text}', file=sys.stderr)
+    if errors:
+        more = f' ({len(errors) - 1} more like this)' if len(errors) > 1 else ''
+        sys.exit(
+            f'{errors[0]}{more}; tools/check_data.py {config} tells all, --skip-data-check goes on all the same'
+        )
 
 
 def check_checkpoint(path: str, option: str = '') -> None:

@@ -6,6 +6,7 @@ import sys
 from _launch import (
     add_common_arguments,
     build_runner,
+    check_annotations,
     check_checkpoint,
     check_data,
     load_config,
@@ -16,6 +17,7 @@ from mmengine.device import get_device
 from mmengine.runner import find_latest_checkpoint
 
 from repvit_mm.checkpoint import CheckpointError, read_checkpoint, trust
+from repvit_mm.hooks import NonFiniteError
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,6 +39,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--pretrained', metavar='PATH|none', help="the backbone's pretrained weights instead of the config's"
     )
+    parser.add_argument(
+        '--skip-data-check', action='store_true', help='train whatever the annotations hold (see tools/check_data.py)'
+    )
+    parser.add_argument(
+        '--keep-going', action='store_true', help='train on when a loss is no longer finite, as MMDetection does'
+    )
     add_common_arguments(parser)
     return parser.parse_args()
 
@@ -51,6 +59,8 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             sys.exit("--auto-scale-lr: the config has no auto_scale_lr.base_batch_size, the recipe's total batch size")
         cfg.auto_scale_lr.enable = True
+    if not args.keep_going:
+        cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='FiniteLossHook')]
     if args.seed is not None:
         cfg.randomness = dict(cfg.get('randomness', {}), seed=args.seed)
     if args.resume:
@@ -80,14 +90,16 @@ def main() -> None:
     cfg = load_config(args)
     try:
         apply_options(cfg, args)
+        check_data(cfg, 'train', 'val')
+        if not args.skip_data_check:
+            check_annotations(cfg, args.config, 'train', 'val')
         train(cfg, args.pretrained)
-    except CheckpointError as error:
+    except (CheckpointError, NonFiniteError) as error:
         sys.exit(str(error))
 
 
 def train(cfg: Config, pretrained: str | None) -> None:
     """Train what a config says, from the backbone's pretrained weights or a checkpoint that holds all weights."""
-    check_data(cfg, 'train', 'val')
     resumed = cfg.get('resume') and (cfg.get('load_from') or find_latest_checkpoint(cfg.work_dir))
     prepare_pretrained(cfg, 'none' if resumed else pretrained)
     loops = ('train_loop', 'val_loop') if cfg.get('val_cfg') else ('train_loop',)

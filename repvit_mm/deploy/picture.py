@@ -24,10 +24,14 @@ class Painter:
     Args:
         classes: Class names.
         palette: An RGB colour for each class; if there are fewer, supervision's own.
+        scores: Whether detections are labelled with their scores.
     """
 
-    def __init__(self, classes: Sequence[str], palette: Sequence[Sequence[int]] = ()) -> None:
+    def __init__(
+        self, classes: Sequence[str], palette: Sequence[Sequence[int]] = (), scores: bool = True
+    ) -> None:
         self.classes = list(classes)
+        self.scores = scores
         if len(palette) >= len(classes) > 0:
             self.colors = sv.ColorPalette([sv.Color(*color) for color in palette])
         else:
@@ -54,7 +58,7 @@ class Painter:
         picture = enlarge(self._masks().annotate(image.copy(), found))
         boxes = sv.BoxAnnotator(self.colors, thickness=max(2, round(min(picture.shape[:2]) / 300)))
         scored = zip(found.class_id, found.confidence, strict=True)
-        names = [f'{self.name(label)} {score:.2f}' for label, score in scored]
+        names = [f'{self.name(label)} {score:.2f}' if self.scores else self.name(label) for label, score in scored]
         picture = boxes.annotate(picture, enlarged(found, image.shape))
         return self._label(picture, found, names, image.shape, sv.Position.TOP_LEFT)
 
@@ -120,13 +124,13 @@ def regions_of(labels: np.ndarray) -> tuple[sv.Detections, sv.Detections]:
     """The classes in a label map, and where their names go.
 
     Args:
-        labels: ``(H, W)`` int.
+        labels: ``(H, W)`` int; what is negative belongs to no class.
 
     Returns:
         For each class that is present its mask; and for those with a region large enough a box of no size, at that
         point of the class's largest region that is farthest from its border.
     """
-    present = np.unique(labels)
+    present = np.unique(labels[labels >= 0])
     masks = labels == present[:, None, None]
     spots, named = [], []
     for label, mask in zip(present, masks, strict=True):

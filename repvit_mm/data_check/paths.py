@@ -1,0 +1,45 @@
+"""Where a config looks for its data."""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..deploy.load import plain_datasets
+
+SPLITS = ('train', 'val', 'test')
+
+
+def datasets_of(cfg: Mapping[str, Any], split: str) -> Iterator[tuple[str, Any]]:
+    """The plain data sets of a split, each with its name in the config; none without a data loader for the split."""
+    loader = cfg.get(f'{split}_dataloader')
+    if loader:
+        yield from plain_datasets(loader['dataset'], f'{split}_dataloader.dataset')
+
+
+def wanted_paths(cfg: Mapping[str, Any], *splits: str) -> Iterator[tuple[str, str]]:
+    """The files and folders that the splits' data sets and metrics read.
+
+    Args:
+        cfg: The config.
+        splits: Of :data:`SPLITS`; one that the config does not have is passed over.
+
+    Yields:
+        The name of the setting, and the path.
+    """
+    for split in splits:
+        for name, dataset in datasets_of(cfg, split):
+            root = dataset.get('data_root') or ''
+            prefixes = dataset.get('data_prefix') or {}
+            for key, path in [('ann_file', dataset.get('ann_file')), *prefixes.items()]:
+                if path:
+                    field = key if key == 'ann_file' else f'data_prefix.{key}'
+                    yield f'{name}.{field}', os.path.join(root, path)
+        evaluators = cfg.get(f'{split}_evaluator') or []
+        for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+            if split != 'train' and evaluator.get('ann_file'):
+                yield f'{split}_evaluator.ann_file', evaluator['ann_file']
+
+
+def is_there(path: str) -> bool:
+    """Whether a file or folder is there; one behind an address is taken to be."""
+    return '://' in path or os.path.exists(path)
