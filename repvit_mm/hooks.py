@@ -155,11 +155,12 @@ class FiniteLossHook(Hook):
         """
         for name, value in (outputs or {}).items():
             if 'loss' in name and not torch.as_tensor(value).isfinite().all():
-                number = torch.as_tensor(value).float().mean().item()
+                part = named_loss(outputs, name)
+                number = torch.as_tensor(outputs[part]).float().mean().item()
                 raise NonFiniteError(
-                    f'iteration {runner.iter + 1}: {named_loss(outputs, name)} is {number}, on {images_of(data_batch)}; '
-                    f'{last_checkpoint(runner)}. Look at these images with tools/check_data.py, lower the learning rate '
-                    'or clip gradients; --keep-going trains on'
+                    f'iteration {runner.iter + 1}: {part} is {number}, on {images_of(data_batch)}; '
+                    f'{last_checkpoint(runner)}. Look at these images with tools/check_data.py, lower the learning '
+                    'rate or clip gradients; --keep-going trains on'
                 )
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -172,7 +173,8 @@ class FiniteLossHook(Hook):
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise NonFiniteError(
                     f'iteration {runner.iter + 1}: the weights are no longer finite ({name} first), no checkpoint is '
-                    f'saved; {last_checkpoint(runner)}. Lower the learning rate or clip gradients; --keep-going trains on'
+                    f'saved; {last_checkpoint(runner)}. Lower the learning rate or clip gradients; --keep-going trains '
+                    'on'
                 )
 
 

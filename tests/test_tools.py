@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -323,6 +324,22 @@ WRONG = {
     ),
     'config that cannot be read': (['train.py', 'broken.py'], ['config broken.py cannot be read']),
     'config of another library': (['train.py', 'pretrain.py'], ["default_scope='mmpretrain'", 'mmdet, mmseg']),
+    'annotations that are not JSON': (
+        ['train.py', 'broken_data.py'],
+        [
+            'annotation file broken.json is not JSON: Expecting value',
+            'check_data.py broken_data.py',
+            '--skip-data-check',
+        ],
+    ),
+    'annotations to test on that are not JSON': (
+        ['test.py', 'broken_data.py', 'exists.pth'],
+        ['annotation file broken.json is not JSON: Expecting value'],
+    ),
+    'heads of other classes': (
+        ['train.py', DETECTION, '--cfg-options', 'model.roi_head.bbox_head.num_classes=80'],
+        ['model.roi_head.bbox_head.num_classes is 80, but train_dataloader.dataset has 6 classes'],
+    ),
     'no base batch size': (['train.py', 'unscaled.py', '--auto-scale-lr'], ['auto_scale_lr.base_batch_size']),
 }
 
@@ -345,6 +362,15 @@ def wrong_folder(folder):
     (folder / 'broken.py').write_text('_base_ = \n')
     (folder / 'pretrain.py').write_text("default_scope = 'mmpretrain'\n")
     (folder / 'unscaled.py').write_text(f"_base_ = '{DETECTION}'\nauto_scale_lr = dict(_delete_=True)\n")
+    (folder / 'broken.json').write_text('instances')
+    (folder / 'broken_data.py').write_text(
+        f"_base_ = '{DETECTION}'\n"
+        "broken = dict(data_root='', ann_file='broken.json', data_prefix=dict(img='data'))\n"
+        'train_dataloader = dict(dataset=broken)\n'
+        'val_dataloader = dict(dataset=broken)\n'
+        'test_dataloader = dict(dataset=broken)\n'
+        "val_evaluator = dict(ann_file='broken.json')\n"
+    )
     (folder / 'resnet.py').write_text(
         f"_base_ = '{SEGMENTATION}'\n"
         "resnet = dict(_delete_=True, type='ResNet', depth=18)\n"
@@ -367,6 +393,33 @@ def test_wrong_use_gets_one_line(wrong_folder, case):
     for part in expected:
         assert part in last_line
     assert not list((wrong_folder / 'wrong').glob('*.pth')) and not (wrong_folder / 'was_run').exists()
+
+
+@pytest.mark.slow
+def test_check_data_tells_and_draws(wrong_folder):
+    done = launch(wrong_folder, 'check_data.py', DETECTION, '--out', 'sheet.png', '--images', '4')
+    assert done.returncode == 0, done.stderr
+    assert 'train_dataloader.dataset (CocoDataset)' in done.stdout and done.stdout.endswith('0 errors, 0 warnings\n')
+    with Image.open(wrong_folder / 'sheet.png') as sheet:
+        assert sheet.size == (4 * 488, 514)
+    done = launch(wrong_folder, 'check_data.py', SEGMENTATION, '--cfg-options', 'model.decode_head.num_classes=5')
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    assert 'error: model.decode_head.num_classes is 5, but train_dataloader.dataset has 7 classes' in done.stdout
+    done = launch(wrong_folder, 'check_data.py', 'broken_data.py')
+    assert done.returncode == 1 and 'annotation file broken.json is not JSON' in done.stdout
+
+
+@pytest.mark.slow
+def test_infinite_loss_stops_training_unless_told_otherwise(folder):
+    """A learning rate of 1e30 does it: finite losses at first, no more afterwards."""
+    arguments = [SEGMENTATION, '--seed', '1', '--cfg-options', *SHORT[SEGMENTATION], 'param_scheduler=None']
+    arguments += ['optim_wrapper.optimizer.lr=1e30']
+    done = launch(folder, 'train.py', '--work-dir', 'infinite', *arguments)
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    last_line = done.stderr.rstrip('\n').splitlines()[-1]
+    assert re.match(r'iteration 2: decode\.loss_ce is (nan|inf), on data/shapes/.*\.jpg; no checkpoint', last_line)
+    done = launch(folder, 'train.py', '--work-dir', 'infinite', '--keep-going', *arguments)
+    assert done.returncode == 0 and (folder / 'infinite/iter_3.pth').is_file()
 
 
 def test_usage_errors_are_argparse_s(tmp_path):

@@ -23,7 +23,7 @@ from mmengine.runner import Runner  # noqa: E402
 
 try:
     from repvit_mm.checkpoint import CheckpointError, check_file, download
-    from repvit_mm.data_check import check_config
+    from repvit_mm.data_check import DataError, check_config, check_readable
     from repvit_mm.data_check.paths import is_there, wanted_paths
     from repvit_mm.deploy.metadata import TASKS
     from repvit_mm.messages import one_line
@@ -127,6 +127,15 @@ def check_data(cfg: Config, *splits: str) -> None:
             )
 
 
+def check_test_annotations(cfg: Config) -> None:
+    """Exit with one line if an annotation file of the test data sets cannot be read."""
+    if is_first_process():
+        try:
+            check_readable(cfg, 'test')
+        except DataError as error:
+            sys.exit(str(error))
+
+
 def check_annotations(cfg: Config, config: str, *splits: str) -> None:
     """Exit with one line if the splits' annotations would stop or ruin a run; what may be meant is printed.
 
@@ -147,9 +156,7 @@ def check_annotations(cfg: Config, config: str, *splits: str) -> None:
         print(f'warning: {text}', file=sys.stderr)
     if errors:
         more = f' ({len(errors) - 1} more like this)' if len(errors) > 1 else ''
-        sys.exit(
-            f'{errors[0]}{more}; tools/check_data.py {config} tells all, --skip-data-check goes on all the same'
-        )
+        sys.exit(f'{errors[0]}{more}; tools/check_data.py {config} tells all, --skip-data-check goes on all the same')
 
 
 def check_checkpoint(path: str, option: str = '') -> None:

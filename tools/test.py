@@ -12,6 +12,7 @@ from _launch import (
     build_runner,
     check_checkpoint,
     check_data,
+    check_test_annotations,
     load_config,
 )
 from mmengine.config import Config, ConfigDict
@@ -181,6 +182,7 @@ def main() -> None:
     cfg = load_config(args)
     apply_options(cfg, args)
     check_data(cfg, 'test')
+    check_test_annotations(cfg)
     runner = build_runner(cfg, 'test_loop')
     try:
         with ties_in_order() if args.ties_in_order else nullcontext():

@@ -14,7 +14,7 @@ from ..deploy.sources import UnreadableError, read_image
 from ..messages import one_line
 from .heads import segmentation_heads, wrong_heads
 from .paths import datasets_of, is_there
-from .records import DataError, ImageRecord, build_lazily, read_records
+from .records import DataError, ImageRecord, build_lazily, load_coco, read_records, reads_coco_files
 from .report import Report, count, some
 
 QUICK_IMAGES = 64
@@ -53,6 +53,19 @@ def check_config(
             seen.append(dataset)
             reports.append(check_dataset(cfg, name, dataset, quick, progress))
     return reports
+
+
+def check_readable(cfg: Mapping[str, Any], *splits: str) -> None:
+    """Look only at whether the splits' annotation files in COCO's format can be read.
+
+    Raises:
+        DataError: if one of them cannot, or a data set cannot be built.
+    """
+    for split in splits:
+        for name, config in datasets_of(cfg, split):
+            dataset = build_lazily(cfg, config, name)
+            if reads_coco_files(dataset):
+                load_coco(dataset.ann_file, annotated=False)
 
 
 def check_dataset(cfg: Mapping[str, Any], name: str, config: Any, quick: bool, progress: Progress) -> Report:
@@ -142,7 +155,9 @@ def check_boxes(records: list[ImageRecord], report: Report, trains: bool) -> Non
                 wrong['without area'].append(record.path)
             elif record.size and outside(box, record.size):
                 wrong['outside'].append(record.path)
-            elif record.size and (min(x1, y1) < -TOLERANCE or x2 - record.size[0] > TOLERANCE or y2 - record.size[1] > TOLERANCE):
+            elif record.size and (
+                min(x1, y1) < -TOLERANCE or x2 - record.size[0] > TOLERANCE or y2 - record.size[1] > TOLERANCE
+            ):
                 wrong['beyond'].append(record.path)
     if paths := wrong.pop('without area', None):
         report.error(
@@ -195,7 +210,9 @@ def check_images(records: list[ImageRecord], report: Report, progress: Progress)
     if unreadable:
         report.error(f'{report.name}: {count(len(unreadable), "image")} cannot be read: {some(unreadable)}')
     if sizes:
-        report.error(f'{report.name}: {count(len(sizes), "image")} of another size than its annotation says: {some(sizes)}')
+        report.error(
+            f'{report.name}: {count(len(sizes), "image")} of another size than its annotation says: {some(sizes)}'
+        )
 
 
 def check_label_maps(
@@ -308,4 +325,6 @@ def check_balance(report: Report) -> None:
     """Note the classes that a training data set does not show."""
     absent = [name for index, name in enumerate(report.classes) if not report.amounts[index]]
     if report.amounts and absent and report.looked_at == report.images:
-        report.warn(f'{report.name}: nothing to learn {some(absent, 5)} from: no {report.unit} of {len(absent)} classes')
+        report.warn(
+            f'{report.name}: nothing to learn {some(absent, 5)} from: no {report.unit} of {len(absent)} classes'
+        )

@@ -40,4 +40,3 @@ def wrong_heads(model: Mapping[str, Any], classes: int) -> dict[str, int]:
         setting = f'{name}.num_things_classes + num_stuff_classes'
         numbers[setting] = part['num_things_classes'] + part.get('num_stuff_classes', 0)
     return {setting: number for setting, number in numbers.items() if number != classes}
-

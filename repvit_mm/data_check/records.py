@@ -72,7 +72,9 @@ def read_records(dataset: Any, report: Report, masks: bool) -> list[ImageRecord]
         infos = dataset.load_data_list()
     except Exception as error:  # anything can be wrong in a file of a format that is not known here
         where = f' (ann_file {dataset.ann_file})' if dataset.ann_file else ''
-        raise DataError(f'{report.name}: {report.kind} cannot read its annotations{where}: {one_line(error)}') from error
+        raise DataError(
+            f'{report.name}: {report.kind} cannot read its annotations{where}: {one_line(error)}'
+        ) from error
     records = []
     for info in infos:
         size = (info['width'], info['height']) if {'width', 'height'} <= info.keys() else None
@@ -126,7 +128,9 @@ def read_coco(dataset: Any, report: Report, masks: bool) -> list[ImageRecord]:
     path = dataset.ann_file
     content = load_coco(path, annotated=not dataset.test_mode)
     labels = match_categories(path, content['categories'], dataset.metainfo.get('classes'), report)
-    prefix = dataset.data_prefix.get('img') or ''
+    if 'img' not in dataset.data_prefix:
+        raise DataError(f"{report.name}.data_prefix names no folder of images: set data_prefix=dict(img='...')")
+    prefix = dataset.data_prefix['img']
     records = {
         entry['id']: ImageRecord(os.path.join(prefix, entry['file_name']), (entry['width'], entry['height']))
         for entry in content['images']
@@ -172,7 +176,9 @@ def match_categories(path: str, categories: list[dict], classes: Any, report: Re
         DataError: if no category is one of the classes.
     """
     if isinstance(classes, str):
-        raise DataError(f"{report.name}: metainfo classes={classes!r} is one text: write ({classes!r},), with the comma")
+        raise DataError(
+            f'{report.name}: metainfo classes={classes!r} is one text: write ({classes!r},), with the comma'
+        )
     names = [category['name'] for category in categories]
     known = [name for name in names if name in classes]
     absent = [name for name in classes if name not in names]
@@ -184,7 +190,9 @@ def match_categories(path: str, categories: list[dict], classes: Any, report: Re
     if absent:
         others = [name for name in names if name not in classes]
         report.error(
-            f'{path}: no category is called {some(absent)}, as metainfo has it' + (f'; it has {some(others)}' if others else '') + ': later classes get wrong names'
+            f'{path}: no category is called {some(absent)}, as metainfo has it'
+            + (f'; it has {some(others)}' if others else '')
+            + ': later classes get wrong names'
         )
     elif known != list(classes):
         report.error(

@@ -39,7 +39,7 @@ def contact_sheet(cfg: Mapping[str, Any], split: str = 'train', images: int = 16
     dataset = DATASETS.build(cfg[f'{split}_dataloader']['dataset'])
     meta = dataset.metainfo
     painter = Painter(meta.get('classes') or (), colours(meta.get('palette')), scores=False)
-    ignored = (cfg['model'].get('decode_head') or {})
+    ignored = cfg['model'].get('decode_head') or {}
     ignored = ignored.get('ignore_index', 255) if isinstance(ignored, Mapping) else 255
     cells = []
     for index in spread_over(len(dataset), images):

@@ -27,9 +27,7 @@ class Painter:
         scores: Whether detections are labelled with their scores.
     """
 
-    def __init__(
-        self, classes: Sequence[str], palette: Sequence[Sequence[int]] = (), scores: bool = True
-    ) -> None:
+    def __init__(self, classes: Sequence[str], palette: Sequence[Sequence[int]] = (), scores: bool = True) -> None:
         self.classes = list(classes)
         self.scores = scores
         if len(palette) >= len(classes) > 0:

@@ -1,0 +1,110 @@
+"""A run whose loss or weights are no longer finite stops, and leaves its last good checkpoint."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from repvit_mm.checkpoint import read_checkpoint
+from repvit_mm.hooks import FiniteLossHook, NonFiniteError
+
+
+class Samples(Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(inputs=torch.ones(1), data_samples=SimpleNamespace(img_path=f'{index}.jpg'))
+
+
+class Net(BaseModel):
+    """Its box loss is ``loss_at[i]`` in iteration ``i``, where that is given."""
+
+    def __init__(self, loss_at: dict[int, float]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.loss_at, self.iteration = loss_at, 0
+
+    def forward(self, inputs: list[Tensor], data_samples: list, mode: str) -> dict[str, Tensor]:
+        self.iteration += 1
+        factor = self.loss_at.get(self.iteration, 1.0)
+        return dict(loss_cls=self.weight.sum(), loss_bbox=self.weight.sum() * factor, acc=torch.tensor(float('nan')))
+
+
+class Poison(Hook):
+    """Behind a finite loss the weights become infinite."""
+
+    priority = 'HIGH'
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if runner.iter + 1 == 4:
+            runner.model.weight.data.fill_(float('inf'))
+
+
+def run(folder: Path, loss_at: dict[int, float] | None = None, hooks: tuple[Hook, ...] = (FiniteLossHook(),)) -> Runner:
+    """Eight iterations; a checkpoint after each second one, of which the latest alone stays."""
+    loader = DataLoader(Samples(), 1, collate_fn=lambda items: {key: [item[key] for item in items] for key in items[0]})
+    runner = Runner(
+        model=Net(loss_at or {}),
+        work_dir=str(folder),
+        train_dataloader=loader,
+        train_cfg=dict(by_epoch=False, max_iters=8),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
+        default_hooks=dict(
+            checkpoint=dict(type='ResumableCheckpointHook', interval=2, by_epoch=False, max_keep_ckpts=1)
+        ),
+        custom_hooks=list(hooks),
+        experiment_name=f'{folder.name}{id(hooks)}',
+        log_level='ERROR',
+    )
+    runner.train()
+    return runner
+
+
+def test_a_finite_loss_is_left_alone(tmp_path):
+    assert run(tmp_path).iter == 8
+
+
+@pytest.mark.parametrize('value', [float('inf'), float('-inf'), float('nan')])
+def test_run_stops_at_the_iteration(tmp_path, value):
+    with pytest.raises(NonFiniteError) as caught:
+        run(tmp_path, {4: value})
+    message = str(caught.value)
+    checkpoint = tmp_path / 'iter_2.pth'
+    assert message.startswith(f'iteration 4: loss_bbox is {value}, on 3.jpg; the last good checkpoint is {checkpoint}.')
+    assert '\n' not in message and '--keep-going' in message
+    assert {path.name for path in tmp_path.glob('*.pth')} == {'iter_2.pth'}
+    assert read_checkpoint(checkpoint)['state_dict']['weight'].isfinite().all()
+
+
+def test_before_the_first_checkpoint(tmp_path):
+    with pytest.raises(
+        NonFiniteError, match=r'^iteration 1: loss_bbox is inf, on 0.jpg; no checkpoint was saved before'
+    ):
+        run(tmp_path, {1: float('inf')})
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The loss of iteration 4 was finite, and a checkpoint is due after it."""
+    with pytest.raises(NonFiniteError, match=r'^iteration 4: the weights are no longer finite \(weight first\)'):
+        run(tmp_path, hooks=(FiniteLossHook(), Poison()))
+    assert {path.name for path in tmp_path.glob('*.pth')} == {'iter_2.pth'}
+    assert read_checkpoint(tmp_path / 'iter_2.pth')['state_dict']['weight'].isfinite().all()
+
+
+def test_without_the_hook_the_good_checkpoint_is_lost(tmp_path):
+    """What MMEngine does by itself."""
+    assert run(tmp_path, {4: float('nan')}, hooks=()).iter == 8
+    assert {path.name for path in tmp_path.glob('*.pth')} == {'iter_8.pth'}
+    assert read_checkpoint(tmp_path / 'iter_8.pth')['state_dict']['weight'].isnan().all()
+
+
+def test_it_looks_before_a_checkpoint_is_saved():
+    assert FiniteLossHook.priority == 'NORMAL' and CheckpointHook.priority == 'VERY_LOW'
