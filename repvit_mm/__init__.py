@@ -10,6 +10,7 @@ from ._versions import check_frameworks, missing_frameworks
 __version__ = '0.1.0'
 __all__ = [
     'FastViT',
+    'FiniteLossHook',
     'FuseOnDeployHook',
     'MobileOne',
     'RepViT',
@@ -17,6 +18,7 @@ __all__ = [
     'RepViTRoadmapClassifier',
     'ResumableCheckpointHook',
     'ResumableIterBasedTrainLoop',
+    'StageDecayOptimWrapperConstructor',
     'switch_to_deploy',
 ]
 
@@ -28,8 +30,9 @@ if not _missing:
     from . import normalization  # noqa: F401  warns from here on
     from .compat.openmmlab import offer_configs
     from .fastvit import FastViT
-    from .hooks import FuseOnDeployHook
+    from .hooks import FiniteLossHook, FuseOnDeployHook
     from .mobileone import MobileOne
+    from .optim import StageDecayOptimWrapperConstructor
     from .reparam import switch_to_deploy
     from .repvit import RepViT
     from .resume import ResumableCheckpointHook, ResumableIterBasedTrainLoop
