@@ -35,6 +35,11 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def is_between(version: str, first: str, beyond: str) -> bool:
+    """Whether a version is at least ``first`` and below ``beyond``."""
+    return _release(first) <= _release(version) < _release(beyond)
+
+
 def installed_version(module: str, distributions: tuple[str, ...]) -> str | None:
     """Version of a module that is imported already or else installed; never imports it."""
     version = getattr(sys.modules.get(module), '__version__', None)
@@ -56,7 +61,7 @@ def check_frameworks() -> None:
     """
     for module, (distributions, first, beyond) in FRAMEWORKS.items():
         version = installed_version(module, distributions)
-        if version is not None and not _release(first) <= _release(version) < _release(beyond):
+        if version is not None and not is_between(version, first, beyond):
             raise ImportError(
                 f'repvit_mm needs {module}>={first},<{beyond} but finds {module} {version}: install a matching version'
             )

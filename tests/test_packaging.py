@@ -17,7 +17,16 @@ import repvit_mm
 from repvit_mm._versions import FRAMEWORKS
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ('setup.py', 'pyproject.toml', 'README.md', 'model-index.yml', 'configs', 'tools', 'repvit_mm')
+SOURCES = (
+    'setup.py',
+    'pyproject.toml',
+    'README.md',
+    'model-index.yml',
+    'configs',
+    'tools',
+    'repvit_mm',
+    'repvit_mm_cli',
+)
 MIM = 'repvit_mm/.mim/'
 
 
@@ -87,7 +96,8 @@ def test_wheel_carries_package_configs_tools_and_index(checkout, wheel):
     assert carried == resources(checkout)
     assert {'model-index.yml', 'tools/train.py', 'tools/test.py'} <= carried.keys()
     assert any(name.startswith('configs/det/') for name in carried)
-    modules = {str(path.relative_to(checkout)) for path in (checkout / 'repvit_mm').rglob('*.py')}
+    packages = (checkout / 'repvit_mm', checkout / 'repvit_mm_cli')
+    modules = {str(path.relative_to(checkout)) for package in packages for path in package.rglob('*.py')}
     assert modules == {name for name in files if name.endswith('.py') and not name.startswith(MIM)}
 
 
@@ -98,6 +108,21 @@ def test_shell_launchers_stay_executable(wheel):
         }
     assert modes
     assert all(mode & 0o111 for mode in modes.values()), modes
+
+
+def test_command_of_an_installed_wheel_finds_its_tools_from_any_folder(installed, tmp_path):
+    """And answers without importing torch."""
+    script = installed / 'bin' / 'repvit-mm'
+    (tmp_path / 'torch.py').write_text("raise OSError('broken')")
+    variables = {'PYTHONPATH': f'{installed}:{tmp_path}'}
+    assert run(script, '--version', cwd=tmp_path, **variables) == f'repvit-mm {repvit_mm.__version__}\n'
+    told = run(script, '--help', cwd=tmp_path, **variables)
+    names = {path.stem.replace('_', '-') for path in (installed / MIM / 'tools').glob('[!_]*.py')}
+    assert {'train', 'test', 'export', 'predict', 'check-data', 'doctor', 'benchmark'} <= names
+    assert all(f'\n  {name} ' in told for name in names)
+    output = run(script, 'make-shapes', 'shapes', '--train', '1', '--val', '1', cwd=tmp_path, PYTHONPATH=str(installed))
+    assert output.startswith('shapes: 1 training and 1 validation images') or 'shapes: 1 training' in output
+    assert (tmp_path / 'shapes/shapes.json').is_file()
 
 
 def test_wheel_leaves_no_copies_in_the_source_tree(checkout, wheel):

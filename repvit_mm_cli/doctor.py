@@ -1,0 +1,274 @@
+"""What is installed, and whether it fits together. Imports nothing but the standard library.
+
+Every library is imported in a process of its own, see :mod:`repvit_mm_cli.probe`: what is broken is reported.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+SECONDS = 180
+"""After which a library that is being imported is given up."""
+
+REBUILD = (
+    'build mmcv for this torch: pip uninstall mmcv, then '
+    'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir mmcv'
+)
+
+EXPORT = ('onnx', 'onnxruntime', 'openvino', 'nncf', 'coremltools', 'executorch')
+TOOLS = ('supervision', 'cv2', 'rich', 'pycocotools', 'sahi', 'tensorboard', 'shtab')
+PIP = {'cv2': 'opencv-python-headless', 'mmseg': 'mmsegmentation', 'pkg_resources': '"setuptools<81"'}
+"""Module -> what pip calls it, where that is something else."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that was looked at.
+
+    Args:
+        mark: ``'ok'``; ``'absent'`` is missing and not needed; ``'broken'`` is needed, or there and does not work.
+        name: The thing.
+        text: What was found.
+        cure: What to do about it.
+    """
+
+    mark: Literal['ok', 'absent', 'broken']
+    name: str
+    text: str
+    cure: str = ''
+
+    def __str__(self) -> str:
+        return f'{self.name}: {self.text}' + (f' -> {self.cure}' if self.cure else '')
+
+
+def package_folder() -> Path | None:
+    """Where repvit_mm is installed; ``None`` if it is not. It is not imported."""
+    try:
+        spec = importlib.util.find_spec('repvit_mm')
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def version_table(folder: Path) -> ModuleType:
+    """The package's module that says which versions it works beside, without the package around it."""
+    spec = importlib.util.spec_from_file_location('repvit_mm_versions', folder / '_versions.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def probe(what: str, *arguments: str) -> dict[str, Any]:
+    """Look at one thing in a process of its own; an ``error`` in the result says what went wrong."""
+    command = [sys.executable, '-W', 'ignore', str(Path(__file__).with_name('probe.py')), what, *arguments]
+    # Python puts the folder of a program in front of its path; there lie modules of this package's.
+    environment = {**os.environ, 'PYTHONSAFEPATH': '1'}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors='replace', timeout=SECONDS, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        return {'error': f'no answer within {SECONDS} s'}
+    except OSError as error:
+        return {'error': str(error)}
+    try:
+        return json.loads(done.stdout.rstrip().rpartition('\n')[2])
+    except ValueError:
+        last = done.stderr.strip().rpartition('\n')[2]
+        return {'error': f'the process ended with status {done.returncode}' + (f': {last}' if last else '')}
+
+
+def reason(found: dict[str, Any], longest: int = 200) -> str:
+    """An error of a probe on one line."""
+    text = ' '.join(str(found['error']).split())
+    return text if len(text) <= longest else f'{text[:longest]} ...'
+
+
+def is_absent(found: dict[str, Any], module: str) -> bool:
+    """Whether a probe failed because the module itself is not installed."""
+    return 'error' in found and found['error'].startswith('ModuleNotFoundError') and found.get('absent') == module
+
+
+def module_line(module: str, found: dict[str, Any], needed: bool) -> Line:
+    """What to say of a module that was imported."""
+    install = f'pip install {PIP.get(module, module)}'
+    if is_absent(found, module):
+        return Line('broken' if needed else 'absent', module, 'not installed', install if needed else '')
+    if 'error' in found:
+        return Line(
+            'broken', module, f'installed, but cannot be imported: {reason(found)}', f'{install} --force-reinstall'
+        )
+    return Line('ok', module, found.get('version') or 'works')
+
+
+def distribution_lines(table: ModuleType) -> Iterable[Line]:
+    """Whether versions are those that the package works beside, and whether two stacks overwrite each other."""
+    for module, (names, first, beyond) in table.FRAMEWORKS.items():
+        installed = {}
+        for name in names:
+            try:
+                installed[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                continue
+            except Exception as error:  # a broken record of an installation
+                yield Line(
+                    'broken', name, f'its record cannot be read: {error}', f'pip install --force-reinstall {name}'
+                )
+        if len(installed) > 1:
+            several = ' and '.join(f'{name} {version}' for name, version in installed.items())
+            yield Line(
+                'broken', module, f'{several} overwrite each other', f'pip uninstall {" ".join(installed)}; install one'
+            )
+        for name, version in installed.items():
+            try:
+                fits = table.is_between(version, first, beyond)
+            except ValueError:
+                fits = False
+            if not fits:
+                yield Line('broken', module, f'{name} {version}', f'pip install "{name}>={first},<{beyond}"')
+
+
+def operator_line(found: dict[str, Any]) -> Line:
+    """What to say of mmcv's compiled operators."""
+    name = 'mmcv operators'
+    if 'error' in found:
+        text = reason(found)
+        if "No module named 'mmcv._ext'" in found['error']:
+            text = 'mmcv was installed without them'
+        elif 'undefined symbol' in found['error']:
+            text = f'mmcv was built for another torch: {text}'
+        return Line('broken', name, text, REBUILD)
+    built, torch_cuda = str(found['cuda']), found['torch_cuda']
+    if torch_cuda and built.split('.')[0] != torch_cuda.split('.')[0]:
+        return Line('broken', name, f'built for CUDA {built}, torch for CUDA {torch_cuda}', REBUILD)
+    return Line('ok', name, 'load and run' + (f', CUDA {built}' if torch_cuda else ' on the CPU'))
+
+
+def config_lines(path: str, found: dict[str, Any]) -> Iterable[Line]:
+    """What to say of a config."""
+    if 'error' in found:
+        yield Line('broken', path, f'cannot be read: {reason(found)}', 'correct it, or what is broken above first')
+        return
+    for where, name in found['missing'].items():
+        cure = f'put it there, or set --cfg-options {name}=PATH'
+        yield Line('broken', 'data', f'{where} not found ({name}, from {Path.cwd()})', cure)
+    if not found['missing']:
+        yield Line('ok', 'data', f'{found["paths"]} files and folders of the config are there')
+    for where in found['weights']:
+        if where not in found['absent']:
+            yield Line('ok', 'weights', where)
+        elif where.startswith('http'):
+            yield Line(
+                'absent',
+                'weights',
+                f'{where} is not downloaded yet',
+                f'training does, or put it at {found["absent"][where]}',
+            )
+        else:
+            yield Line('broken', 'weights', f'{where} not found', 'tools/train.py --pretrained PATH, or none')
+
+
+def examine(config: str | None = None) -> Iterable[Line]:
+    """Look at everything.
+
+    Args:
+        config: Path of a config whose data and weights are looked for.
+
+    Yields:
+        What was found, in the order of what depends on what.
+    """
+    version = sys.version_info
+    text = f'{version.major}.{version.minor}.{version.micro} ({sys.executable})'
+    if version >= (3, 10):
+        yield Line('ok', 'Python', text)
+    else:
+        yield Line('broken', 'Python', text, 'install Python 3.10 or later')
+    folder = package_folder()
+    frameworks = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg')
+    others = ('repvit_mm', 'safetensors', 'pkg_resources', 'ftfy', 'regex', *EXPORT, *TOOLS)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        looks = {name: (name,) if name == 'torch' else ('module', name) for name in frameworks}
+        looks |= {'operators': ('operators',), 'config': ('config', str(config))}
+        looks |= {name: ('module', name) for name in others}
+        if config is None or not Path(config).is_file():
+            del looks['config']
+        jobs = {name: pool.submit(probe, *look) for name, look in looks.items()}
+
+        def found(name: str) -> dict[str, Any]:
+            return jobs[name].result()
+
+        def line(name: str, needed: bool) -> Line:
+            return module_line(name, found(name), needed)
+
+        if folder:
+            yield from distribution_lines(version_table(folder))
+        yield line('torch', needed=True)
+        if 'devices' in found('torch'):
+            yield Line('ok', 'devices', '; '.join(found('torch')['devices']))
+        yield line('mmengine', needed=True)
+        there = {name: not is_absent(found(name), name) for name in ('mmcv', 'mmdet', 'mmseg')}
+        tasks = there['mmdet'] or there['mmseg']
+        yield line('mmcv', needed=tasks)
+        if there['mmcv']:
+            yield operator_line(found('operators'))
+        scope = found('config').get('scope') if 'config' in jobs else None
+        for name in ('mmdet', 'mmseg'):
+            yield line(name, needed=name == scope)
+        if not tasks:
+            yield Line(
+                'absent',
+                'tasks',
+                'neither mmdet nor mmseg is installed',
+                "pip install 'repvit_mm[det]' or 'repvit_mm[seg]'",
+            )
+        yield line('repvit_mm', needed=True)
+        yield line('safetensors', needed=True)
+        # The forks of MMEngine do without it.
+        yield line('pkg_resources', needed=has_distribution('mmengine'))
+        for name in ('ftfy', 'regex'):
+            yield line(name, needed=there['mmseg'])
+        for name in (*EXPORT, *TOOLS):
+            yield line(name, needed=False)
+        if 'config' in jobs:
+            yield from config_lines(config, found('config'))
+        elif config is not None:
+            yield Line('broken', config, 'not found', 'name a config file')
+
+
+def has_distribution(name: str) -> bool:
+    """Whether pip knows a distribution."""
+    try:
+        return bool(metadata.version(name))
+    except Exception:  # absent, or a broken record
+        return False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print what was found; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description='Say what is installed, whether it fits together, and what to do about what does not. The exit '
+        'status is 1 if something needed is broken.'
+    )
+    parser.add_argument('config', nargs='?', help='look for the data and the pretrained weights of this config too')
+    args = parser.parse_args(arguments)
+    marks = {'ok': '✓', 'absent': '·', 'broken': '✗'}
+    try:
+        ''.join(marks.values()).encode(sys.stdout.encoding or 'ascii')
+    except (UnicodeEncodeError, LookupError):
+        marks = {'ok': '+', 'absent': '-', 'broken': 'x'}
+    broken = 0
+    for line in examine(args.config):
+        broken += line.mark == 'broken'
+        print(marks[line.mark], line, flush=True)
+    print(f'{broken} broken' if broken else 'nothing needed is broken')
+    return 1 if broken else 0
