@@ -25,7 +25,7 @@ def _interrupt(parser: argparse.ArgumentParser, *_: object, **__: object) -> NoR
 
 
 def parser_of(launcher: Path) -> argparse.ArgumentParser | None:
-    """A launcher's parser: it runs until it asks for its arguments. ``None`` if it takes none or does not come so far."""
+    """A launcher's parser: it runs until it asks for its arguments. ``None`` if it does not come so far."""
     if 'ArgumentParser(' not in launcher.read_text(encoding='utf-8'):
         return None  # it would run to its end
     methods = ('parse_args', 'parse_known_args')

@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
 
 from _launch import (
     add_common_arguments,
@@ -14,6 +16,7 @@ from _launch import (
 )
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.registry import VISBACKENDS
 from mmengine.runner import find_latest_checkpoint
 
 from repvit_mm.checkpoint import CheckpointError, read_checkpoint, trust
@@ -40,6 +43,13 @@ def parse_args() -> argparse.Namespace:
         '--pretrained', metavar='PATH|none', help="the backbone's pretrained weights instead of the config's"
     )
     parser.add_argument(
+        '--vis-backend',
+        nargs='+',
+        default=(),
+        metavar='NAME',
+        help='log to it too: tensorboard, wandb, mlflow or another visualization backend of MMEngine',
+    )
+    parser.add_argument(
         '--skip-data-check', action='store_true', help='train whatever the annotations hold (see tools/check_data.py)'
     )
     parser.add_argument(
@@ -61,6 +71,8 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         cfg.auto_scale_lr.enable = True
     if not args.keep_going:
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='FiniteLossHook')]
+    if args.vis_backend:
+        add_backends(cfg, args.vis_backend)
     if args.seed is not None:
         cfg.randomness = dict(cfg.get('randomness', {}), seed=args.seed)
     if args.resume:
@@ -72,6 +84,22 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         check_checkpoint(cfg.load_from, '--resume' if args.resume else 'load_from')
         if args.resume:
             check_resumable(cfg.load_from)
+
+
+def add_backends(cfg: Config, names: Sequence[str]) -> None:
+    """Let the visualizer log to further backends; exits with one line on an unknown name."""
+    known = {name.removesuffix('VisBackend').lower(): name for name in VISBACKENDS.module_dict}
+    visualizer = cfg.setdefault('visualizer', dict(type='Visualizer'))
+    backends = list(visualizer.get('vis_backends') or [dict(type='LocalVisBackend')])
+    for name in names:
+        kind = known.get(name.lower().removesuffix('visbackend'))
+        if kind is None:
+            sys.exit(f'--vis-backend {name}: expected one of {", ".join(sorted(known))}')
+        if kind == 'TensorboardVisBackend' and find_spec('tensorboard') is None:
+            sys.exit(f"--vis-backend {name} needs what is not installed: pip install 'repvit_mm[tensorboard]'")
+        if kind not in [backend['type'] for backend in backends]:
+            backends.append(dict(type=kind))
+    visualizer.vis_backends = backends
 
 
 def check_resumable(path: str) -> None:

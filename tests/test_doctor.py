@@ -1,0 +1,181 @@
+"""The doctor in installations made of stubs: whatever is broken in them is named, and nothing breaks the doctor."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from repvit_mm_cli import doctor
+
+ROOT = Path(__file__).parents[1]
+MODULES = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'safetensors', 'pkg_resources', 'ftfy', 'regex')
+
+TORCH = """
+__version__ = '2.13.0'
+class version:
+    cuda = {cuda!r}
+class Tensor:
+    device = None
+    def mm(self, other): return self
+    def sum(self): return 8
+    def to(self, device): return self
+def ones(*shape): return Tensor()
+def tensor(values): return Tensor()
+def get_num_threads(): return 3
+class cuda:
+    is_available = staticmethod(lambda: False)
+class backends:
+    class mps:
+        is_available = staticmethod(lambda: False)
+"""
+
+OPERATORS = """
+def get_compiling_cuda_version(): return {cuda!r}
+class Kept:
+    def tolist(self): return {kept}
+def nms(boxes, scores, threshold): return None, Kept()
+"""
+
+
+def stub(folder: Path, name: str, content: str = "__version__ = '1.0'\n") -> None:
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / name / '__init__.py').write_text(content)
+
+
+@pytest.fixture
+def stubs(tmp_path) -> Path:
+    """Stand-ins for all that the doctor looks at; every one works."""
+    folder = tmp_path / 'stubs'
+    for name in (*MODULES, *doctor.EXPORT, *doctor.TOOLS):
+        stub(folder, name)
+    stub(folder, 'torch', TORCH.format(cuda=None))
+    stub(folder, 'repvit_mm')
+    stub(folder, 'mmcv/ops', OPERATORS.format(cuda='not available', kept=[0, 2]))
+    return folder
+
+
+def examine(stubs: Path, monkeypatch, config: str | None = None) -> dict[str, doctor.Line]:
+    """What the doctor says, by name. The probes' processes see the stubs."""
+    monkeypatch.setenv('PYTHONPATH', str(stubs))
+    return {line.name: line for line in doctor.examine(config)}
+
+
+def test_nothing_is_wrong_with_stubs_that_work(stubs, monkeypatch):
+    lines = examine(stubs, monkeypatch)
+    assert {line.mark for line in lines.values()} == {'ok'}
+    assert {'Python', 'torch', 'devices', 'mmcv operators', *MODULES, *doctor.EXPORT, *doctor.TOOLS} <= lines.keys()
+    assert lines['devices'].text == 'CPU, 3 threads'
+
+
+BROKEN = {
+    'ImportError': ("raise ImportError('libfoo.so.3: cannot open')", 'ImportError: libfoo.so.3'),
+    'OSError': ("raise OSError('libcudart.so.12: cannot open shared object file')", 'OSError: libcudart.so.12'),
+    'missing part': ('import a_part_that_is_missing', "No module named 'a_part_that_is_missing'"),
+    'assertion': ("raise AssertionError('MMCV==2.2.0 is used but incompatible')", 'MMCV==2.2.0 is used'),
+    'syntax': ('def', 'SyntaxError'),
+    'exit': ('raise SystemExit(3)', 'SystemExit: 3'),
+    'killed': ('import os, signal\nos.kill(os.getpid(), signal.SIGKILL)', 'ended with status -9'),
+    'noise': ("print('hello')\nraise ValueError('two\\nlines')", 'ValueError: two lines'),
+}
+
+
+@pytest.mark.parametrize('case', BROKEN)
+@pytest.mark.parametrize('name', ['torch', 'mmdet', 'openvino'])
+def test_what_is_broken_is_named_in_one_line(stubs, monkeypatch, name, case):
+    content, expected = BROKEN[case]
+    stub(stubs, name, content)
+    lines = examine(stubs, monkeypatch)
+    line = lines[name]
+    assert line.mark == 'broken' and expected in line.text and line.cure and '\n' not in str(line)
+    # What stands on torch breaks with it.
+    assert {broken.name for broken in lines.values() if broken.mark == 'broken'} == (
+        {'torch', 'mmcv operators'} if name == 'torch' else {name}
+    )
+
+
+@pytest.mark.parametrize(
+    ('cuda', 'torch_cuda', 'kept', 'expected'),
+    [
+        ('12.1', '13.0', [0, 2], 'built for CUDA 12.1, torch for CUDA 13.0'),
+        ('not available', '13.0', [0, 2], 'built for CUDA not available, torch for CUDA 13.0'),
+        ('not available', None, [0, 1, 2], 'nms on cpu keeps [0, 1, 2], expected [0, 2]'),
+    ],
+)
+def test_operators_that_do_not_fit_torch(stubs, monkeypatch, cuda, torch_cuda, kept, expected):
+    stub(stubs, 'torch', TORCH.format(cuda=torch_cuda))
+    stub(stubs, 'mmcv/ops', OPERATORS.format(cuda=cuda, kept=kept))
+    line = examine(stubs, monkeypatch)['mmcv operators']
+    assert line.mark == 'broken' and expected in line.text and line.cure == doctor.REBUILD
+
+
+def test_operators_of_another_torch(stubs, monkeypatch):
+    stub(stubs, 'mmcv/ops', "raise ImportError('_ext.so: undefined symbol: _ZN3c10')")
+    line = examine(stubs, monkeypatch)['mmcv operators']
+    assert 'mmcv was built for another torch' in line.text and line.cure == doctor.REBUILD
+
+
+def test_absent_is_broken_only_where_it_is_needed():
+    absent = {'error': "ModuleNotFoundError: No module named 'x'", 'absent': 'x'}
+    assert doctor.module_line('x', absent, needed=True).mark == 'broken'
+    assert doctor.module_line('x', absent, needed=False).mark == 'absent'
+    # A part of it, or what it imports, is missing: it is there, and broken.
+    assert doctor.module_line('x', dict(absent, absent='x.y'), needed=False).mark == 'broken'
+
+
+@pytest.mark.parametrize(
+    ('installed', 'expected'),
+    [
+        ({'torch': '2.5.1'}, {'torch': 'pip install "torch>=2.6.0,<3.0.0"'}),
+        ({'torch': '2.13.0', 'mmcv': '2.2.0'}, {}),
+        ({'mmcv': '1.7.0'}, {'mmcv': 'pip install "mmcv>=2.1.0,<3.0.0"'}),
+        ({'mmengine': '0.10.7', 'onedl-mmengine': '0.10.12'}, {'mmengine': 'pip uninstall mmengine onedl-mmengine'}),
+    ],
+)
+def test_versions(monkeypatch, installed, expected):
+    def version(name):
+        if name not in installed:
+            raise doctor.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(doctor.metadata, 'version', version)
+    lines = {line.name: line for line in doctor.distribution_lines(doctor.version_table(ROOT / 'repvit_mm'))}
+    assert lines.keys() == expected.keys()
+    assert all(lines[name].mark == 'broken' and cure in lines[name].cure for name, cure in expected.items())
+
+
+def test_a_config_s_data_and_weights():
+    found = dict(scope='mmdet', paths=3, missing={'data/x': 'train'}, weights=['w.pth', 'https://a/b'], absent={})
+    found['absent'] = {'w.pth': 'w.pth', 'https://a/b': '/cache/b'}
+    data, local, remote = doctor.config_lines('c.py', found)
+    assert data.mark == local.mark == 'broken' and 'data/x not found (train' in data.text
+    assert remote.mark == 'absent' and '/cache/b' in remote.cure
+    (line,) = doctor.config_lines('c.py', {'error': 'SyntaxError: invalid'})
+    assert line.mark == 'broken' and 'SyntaxError' in line.text
+
+
+def launch(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / 'tools/doctor.py'), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=variables)
+
+
+def test_exit_status_and_marks(stubs):
+    """The launcher, in an installation that works and in a broken one, on a terminal without Unicode too."""
+    done = launch(PYTHONPATH=str(stubs), PYTHONIOENCODING='ascii')
+    assert done.returncode == 0 and done.stdout.endswith('nothing needed is broken\n'), done.stdout
+    assert '+ torch: 2.13.0\n' in done.stdout
+    stub(stubs, 'torch', "raise OSError('libcudart.so.12')")
+    done = launch('absent.py', PYTHONPATH=str(stubs), PYTHONIOENCODING='utf-8')
+    assert done.returncode == 1 and not done.stderr
+    assert '✗ torch: installed, but cannot be imported: OSError: libcudart.so.12' in done.stdout
+    assert '✗ absent.py: not found' in done.stdout and done.stdout.endswith(' broken\n')
+
+
+@pytest.mark.slow
+@pytest.mark.needs_ops
+def test_this_installation_and_a_config(tmp_path):
+    config = ROOT / 'configs/det/mask_rcnn_repvit_m0_6_fpn_shapes.py'
+    found = doctor.probe('config', str(config))
+    assert found['scope'] == 'mmdet' and found['paths'] == 4 and found['weights'] == []
+    assert 'cuda' in doctor.probe('operators')
+    assert doctor.probe('torch')['devices'][0].startswith('CPU')
