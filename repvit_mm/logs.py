@@ -142,6 +142,7 @@ def draw_runs(runs: Sequence[Run], path: Path, metrics: Sequence[str] = ()) -> N
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 3.2 * rows + 0.5), layout='constrained')
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    end = max(iteration for run in runs for name in panels for iteration in run.series.get(name, ()))
     for axis, name in zip(axes, panels, strict=False):
         for index, run in enumerate(runs):
             values = sorted(run.series.get(name, {}).items())
@@ -155,6 +156,7 @@ def draw_runs(runs: Sequence[Run], path: Path, metrics: Sequence[str] = ()) -> N
         axis.set_xlabel('iteration', fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
+        axis.set_xlim(0, end * 1.05)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}

@@ -211,7 +211,13 @@ def examine(config: str | None = None) -> Iterable[Line]:
             return module_line(name, found(name), needed)
 
         if folder:
-            yield from distribution_lines(version_table(folder))
+            try:
+                table = version_table(folder)
+            except (Exception, SystemExit) as error:
+                cure = 'pip install --force-reinstall repvit_mm'
+                yield Line('broken', 'versions', f'{folder} is not whole: {type(error).__name__}: {error}', cure)
+            else:
+                yield from distribution_lines(table)
         yield line('torch', needed=True)
         if 'devices' in found('torch'):
             yield Line('ok', 'devices', '; '.join(found('torch')['devices']))

@@ -19,6 +19,8 @@ from samples import detection_sample, segmentation_sample
 from torch import nn
 
 from repvit_mm import RepViT
+from repvit_mm.data_check.heads import wrong_heads
+from repvit_mm.data_check.paths import wanted_paths
 from repvit_mm.datasets import shapes
 from repvit_mm.normalization import MEAN, STD
 
@@ -321,3 +323,38 @@ def test_shapes_configs_name_the_classes_of_the_data_set(path):
         assert tuple(metainfo.classes) == classes
         assert [tuple(color) for color in metainfo.palette] == palette
     assert found.num_classes == len(classes)
+
+
+CUSTOM = [path for path in DETECTION + SEGMENTATION if path.stem.endswith('custom')]
+
+
+def test_both_tasks_have_a_template():
+    assert sorted(path.parent.name for path in CUSTOM) == ['det', 'seg']
+
+
+@pytest.mark.parametrize('path', CUSTOM, ids=name)
+def test_template_needs_no_change_but_above_its_line(path, tmp_path):
+    """Other classes, paths and numbers of iterations reach everything that depends on them."""
+    above, line, below = path.read_text().partition('# ' + '-' * 100)
+    assert line and "_base_ = './" in above
+    above = above.replace("_base_ = './", f"_base_ = '{path.parent}/").replace('data/custom', 'data/mine')
+    above = re.sub(r'^classes = .*$', "classes = ('a', 'b', 'c', 'd', 'e')", above, flags=re.M)
+    above = re.sub(r'^palette = .*$', 'palette = [[i, i, i] for i in range(5)]', above, flags=re.M)
+    above = re.sub(r'^void = .*$', 'void = 11', above, flags=re.M)
+    above = re.sub(r'^max_iters, batch_size = .*$', 'max_iters, batch_size = 600, 1', above, flags=re.M)
+    mine = tmp_path / path.name
+    mine.write_text(above + line + below)
+    cfg = Config.fromfile(mine)
+    assert [*wrong_heads(cfg.model, 5)] == [] and [*wrong_heads(cfg.model, 4)]
+    paths = [where for _, where in wanted_paths(cfg, 'train', 'val', 'test')]
+    assert len(paths) >= 4 and all(where.startswith('data/mine/') for where in paths)
+    for split in ('train', 'val', 'test'):
+        assert cfg[f'{split}_dataloader'].dataset.metainfo.classes == ('a', 'b', 'c', 'd', 'e')
+    assert (cfg.train_cfg.type, cfg.train_cfg.max_iters) == ('ResumableIterBasedTrainLoop', 600)
+    rates = walk_learning_rate(cfg, 600, 600)
+    base = 16 if path in DETECTION else 32
+    assert rates.max() == pytest.approx(2e-4 / base**0.5) and rates.argmax() in (59, 60)
+    assert rates[0] < rates.max() / 100 and rates[-1] < rates.max() / 30
+    if path in SEGMENTATION:
+        assert {cfg.model.decode_head.ignore_index, cfg.model.data_preprocessor.seg_pad_val} == {11}
+        assert {cfg.val_evaluator.ignore_index, cfg.test_evaluator.ignore_index} == {11}

@@ -1,5 +1,6 @@
 """The doctor in installations made of stubs: whatever is broken in them is named, and nothing breaks the doctor."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,18 +81,26 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize('case', BROKEN)
-@pytest.mark.parametrize('name', ['torch', 'mmdet', 'openvino'])
-def test_what_is_broken_is_named_in_one_line(stubs, monkeypatch, name, case):
-    content, expected = BROKEN[case]
-    stub(stubs, name, content)
-    lines = examine(stubs, monkeypatch)
-    line = lines[name]
-    assert line.mark == 'broken' and expected in line.text and line.cure and '\n' not in str(line)
-    # What stands on torch breaks with it.
-    assert {broken.name for broken in lines.values() if broken.mark == 'broken'} == (
-        {'torch', 'mmcv operators'} if name == 'torch' else {name}
+def test_what_is_broken_is_named_in_one_line(stubs, monkeypatch):
+    """Eight libraries, each broken in its own way."""
+    names = dict(
+        zip(('mmengine', 'mmdet', 'mmseg', 'safetensors', 'openvino', 'onnx', 'rich', 'cv2'), BROKEN, strict=True)
     )
+    for name, case in names.items():
+        stub(stubs, name, BROKEN[case][0])
+    lines = examine(stubs, monkeypatch)
+    for name, case in names.items():
+        line = lines[name]
+        assert line.mark == 'broken' and BROKEN[case][1] in line.text and line.cure and '\n' not in str(line)
+    assert {line.name for line in lines.values() if line.mark == 'broken'} == set(names)
+
+
+@pytest.mark.parametrize('case', ['OSError', 'killed'])
+def test_what_stands_on_torch_breaks_with_it(stubs, monkeypatch, case):
+    stub(stubs, 'torch', BROKEN[case][0])
+    lines = examine(stubs, monkeypatch)
+    assert BROKEN[case][1] in lines['torch'].text and BROKEN[case][1] in lines['mmcv operators'].text
+    assert {line.name for line in lines.values() if line.mark == 'broken'} == {'torch', 'mmcv operators'}
 
 
 @pytest.mark.parametrize(
@@ -161,13 +170,17 @@ def launch(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
 
 def test_exit_status_and_marks(stubs):
     """The launcher, in an installation that works and in a broken one, on a terminal without Unicode too."""
+    versions = stubs / 'repvit_mm/_versions.py'
+    shutil.copy(ROOT / 'repvit_mm/_versions.py', versions)
     done = launch(PYTHONPATH=str(stubs), PYTHONIOENCODING='ascii')
     assert done.returncode == 0 and done.stdout.endswith('nothing needed is broken\n'), done.stdout
     assert '+ torch: 2.13.0\n' in done.stdout
     stub(stubs, 'torch', "raise OSError('libcudart.so.12')")
+    versions.unlink()
     done = launch('absent.py', PYTHONPATH=str(stubs), PYTHONIOENCODING='utf-8')
     assert done.returncode == 1 and not done.stderr
     assert '✗ torch: installed, but cannot be imported: OSError: libcudart.so.12' in done.stdout
+    assert f'✗ versions: {versions.parent} is not whole: FileNotFoundError' in done.stdout
     assert '✗ absent.py: not found' in done.stdout and done.stdout.endswith(' broken\n')
 
 
