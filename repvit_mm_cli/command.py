@@ -2,7 +2,7 @@
 
 import argparse
 import ast
-import runpy
+import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -64,7 +64,12 @@ def run(launcher: Path, name: str, arguments: Sequence[str]) -> None:
     """Run a launcher in this process as Python would run it."""
     sys.argv = [f'repvit-mm {name}', *arguments]
     sys.path.insert(0, str(launcher.parent))  # launchers share modules
-    runpy.run_path(str(launcher), run_name='__main__')
+    # runpy would put the launcher's path in the place of the command's name.
+    spec = importlib.util.spec_from_file_location('__main__', launcher)
+    module = importlib.util.module_from_spec(spec)
+    module.__spec__ = None  # as a program has it: processes that are spawned load it by its path
+    sys.modules['__main__'] = module
+    spec.loader.exec_module(module)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,6 +10,7 @@ import pytest
 from repvit_mm_cli import doctor
 
 ROOT = Path(__file__).parents[1]
+ALL = (*doctor.EXPORT, *doctor.TOOLS)
 MODULES = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'safetensors', 'pkg_resources', 'ftfy', 'regex')
 
 TORCH = """
@@ -45,8 +46,11 @@ def stub(folder: Path, name: str, content: str = "__version__ = '1.0'\n") -> Non
 
 
 @pytest.fixture
-def stubs(tmp_path) -> Path:
+def stubs(tmp_path, monkeypatch) -> Path:
     """Stand-ins for all that the doctor looks at; every one works."""
+    # Two of each kind stand for all: each is a process.
+    monkeypatch.setattr(doctor, 'EXPORT', ('openvino', 'onnx'))
+    monkeypatch.setattr(doctor, 'TOOLS', ('rich', 'cv2'))
     folder = tmp_path / 'stubs'
     for name in (*MODULES, *doctor.EXPORT, *doctor.TOOLS):
         stub(folder, name)
@@ -169,7 +173,9 @@ def launch(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
 
 
 def test_exit_status_and_marks(stubs):
-    """The launcher, in an installation that works and in a broken one, on a terminal without Unicode too."""
+    """The launcher looks at everything, on a terminal without Unicode too."""
+    for name in ALL:
+        stub(stubs, name)
     versions = stubs / 'repvit_mm/_versions.py'
     shutil.copy(ROOT / 'repvit_mm/_versions.py', versions)
     done = launch(PYTHONPATH=str(stubs), PYTHONIOENCODING='ascii')
