@@ -110,6 +110,7 @@ def test_shell_launchers_stay_executable(wheel):
     assert all(mode & 0o111 for mode in modes.values()), modes
 
 
+@pytest.mark.slow
 def test_command_of_an_installed_wheel_finds_its_tools_from_any_folder(installed, tmp_path):
     """And answers without importing torch."""
     script = installed / 'bin' / 'repvit-mm'
