@@ -19,6 +19,9 @@ import repvit_mm.repvit
 from repvit_mm import RepViT, RepViTRoadmap, RepViTRoadmapClassifier, switch_to_deploy
 from repvit_mm.checkpoint import CheckpointError
 from repvit_mm.compat.pytorch import BatchNorm
+from repvit_mm.deploy.benchmark.charts import label_points, new_figure
+from repvit_mm.deploy.benchmark.measures import count_macs, count_parameters
+from repvit_mm.deploy.benchmark.synthetic import make_trained_like
 from repvit_mm.layers import SqueezeExcite
 from repvit_mm.reparam import Kernel, plain_formulation
 from repvit_mm.roadmap import (
@@ -35,7 +38,7 @@ from repvit_mm.roadmap import (
 
 TOOLS = Path(__file__).parents[1] / 'tools'
 sys.path.append(str(TOOLS))
-_bench, roadmap = map(importlib.import_module, ('_bench', 'roadmap'))
+roadmap = importlib.import_module('roadmap')
 
 # Every kind of block in few channels.
 SMALL = {
@@ -56,7 +59,7 @@ def shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def macs(network: nn.Module, side: int) -> int:
-    return _bench.count_macs(network.eval(), torch.zeros(1, 3, side, side))
+    return count_macs(network.eval(), torch.zeros(1, 3, side, side))
 
 
 def layers_by_hand(step: str, side: int) -> list[tuple[int, int, int, int]]:
@@ -147,14 +150,14 @@ class TestSteps:
 
     def test_first_is_mobilenetv3(self):
         """5,483,032 parameters have torchvision's and timm's; its paper says 219 million multiply-accumulates."""
-        assert _bench.count_parameters(described('mobilenetv3')) == 5_483_032
+        assert count_parameters(described('mobilenetv3')) == 5_483_032
         assert macs(RepViTRoadmapClassifier('mobilenetv3'), 224) == pytest.approx(219e6, rel=0.02)
 
     @pytest.mark.parametrize('name', STEPS)
     def test_parameters_and_multiply_accumulates_by_hand(self, name):
         layers = layers_by_hand(name, 64)
         network = switch_to_deploy(RepViTRoadmapClassifier(name).eval())
-        assert _bench.count_parameters(network) == sum(i * o * k * k + o for i, o, k, _ in layers)
+        assert count_parameters(network) == sum(i * o * k * k + o for i, o, k, _ in layers)
         assert macs(network, 64) == sum(i * o * k * k * pixels for i, o, k, pixels in layers)
 
     @pytest.mark.slow  # the import of mmseg is
@@ -177,7 +180,7 @@ class TestSteps:
     def test_last_is_repvit_m1(self, tap):
         ours, m1 = RepViTRoadmap('se', tap=tap), RepViT('m1', tap=tap)
         x = torch.randn(2, 3, 64, 96)
-        _bench.make_trained_like(m1, x)
+        make_trained_like(m1, x)
         ours.eval().load_state_dict(m1.state_dict())
         mine, its = ours.state_dict(), m1.state_dict()
         assert list(mine) == list(its) and all(torch.equal(mine[name], its[name]) for name in its)
@@ -201,7 +204,7 @@ class TestNetworks:
         network = MODELS.build(dict(type='RepViTRoadmapClassifier', step=name, num_classes=7))
         backbone = MODELS.build(dict(type='RepViTRoadmap', step=name)).eval()
         x = torch.randn(2, 3, 33, 95)
-        _bench.make_trained_like(network, x)
+        make_trained_like(network, x)
         with torch.no_grad():
             for mine, its in zip(backbone.state_dict().values(), network.backbone.state_dict().values(), strict=True):
                 mine.copy_(its)
@@ -462,12 +465,12 @@ class TestTool:
         assert words in str(end.value.code) and '\n' not in str(end.value.code)
 
     def test_labels_cover_neither_points_nor_each_other(self):
-        figure, (axis,) = _bench.new_figure('', 1)
+        figure, (axis,) = new_figure('', 1)
         points = [(x, y, f'step {x} of {y}', 'black') for x, y in [(1, 1), (1.02, 1), (1.04, 1), (1.02, 1.05), (2, 2)]]
         axis.scatter(*zip(*(point[:2] for point in points), strict=True))
         axis.margins(0.3)
         figure.draw_without_rendering()
-        _bench.label_points(axis, points)
+        label_points(axis, points)
         boxes = [text.get_window_extent() for text in axis.texts]
         assert len(boxes) == len(points)
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])

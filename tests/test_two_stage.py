@@ -26,9 +26,10 @@ from repvit_mm.compat.mmcv import ties_in_order
 from repvit_mm.deploy.export import EXPORTERS, Options, build_graph, quiet, write_onnx
 from repvit_mm.deploy.graph import ExportError, Graph
 from repvit_mm.deploy.load import build_model, fuse_model
+from repvit_mm.deploy.masks import pasted
 from repvit_mm.deploy.metadata import FileInfo
 from repvit_mm.deploy.runtimes import OnnxRuntime, Runtime
-from repvit_mm.deploy.verify import Tolerance, compare, framework_outputs, pasted
+from repvit_mm.deploy.verify import Tolerance, compare, framework_outputs
 
 STRICT = Tolerance(boxes=0.1, scores=1e-4, masks=0.02)
 """The masks of random networks have many pixels on the threshold."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ except ImportError as error:
     sys.exit(f'{error} (a checkout is installed by: pip install -e .)')
 
 TOOLS = Path(__file__).resolve().parent
+
+SMALLEST_SIDE = 32
+"""Of images that are measured, in pixels."""
 
 DATA_HINTS = {
     'data/coco': 'get COCO-2017 from https://cocodataset.org/#download and link its folder as data/coco',
@@ -58,6 +62,68 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # torch.distributed.launch passes it; torchrun sets the environment variable instead.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def add_measuring_arguments(
+    parser: argparse.ArgumentParser, size: Sequence[int] | None, rounds: int, folder: str, outputs: str = 'COMMAND'
+) -> None:
+    """The options that all measurements share.
+
+    Args:
+        parser: Gets them.
+        size: Height and width unless given, or one number for both; ``None`` for a config's.
+        rounds: Counted rounds unless given.
+        folder: Where results go unless said otherwise.
+        outputs: What the results' files are called.
+    """
+    shown = "the config's" if size is None else size[0]
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs='+',
+        default=size,
+        metavar='PIXELS',
+        help=f'height and width, or one number for both (default: {shown})',
+    )
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--rounds', type=int, default=rounds, help='rounds that count (default: %(default)s)')
+    parser.add_argument('--threads', type=int, help="processor threads (default: torch's)")
+    parser.add_argument(
+        '--out-dir',
+        type=Path,
+        default=Path(folder),
+        metavar='DIR',
+        help=f'folder for {outputs}.json and {outputs}.png (default: %(default)s)',
+    )
+
+
+def check_measuring_arguments(args: argparse.Namespace) -> None:
+    """Exit with one line if something cannot be measured as asked for."""
+    if args.size is not None and (len(args.size) > 2 or min(args.size) < SMALLEST_SIDE):
+        sys.exit(f'--size {" ".join(map(str, args.size))}: expected height and width, at least {SMALLEST_SIDE} each')
+    for name in ('batch', 'rounds', 'threads'):
+        values = getattr(args, name, None)
+        if values is not None and min(values if isinstance(values, list) else [values]) < 1:
+            sys.exit(f'--{name}: expected a positive number')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        sys.exit('--device cuda: torch finds no GPU here; --device cpu measures the processor')
+    if args.size is not None:
+        args.size = (args.size[0], args.size[-1])
+
+
+def prepare_measuring(args: argparse.Namespace) -> torch.device:
+    """Threads and precision as asked for; the device."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    # Convolutions and matrix products in the same precision: by itself torch lets only the former have TF32.
+    tf32 = getattr(args, 'dtype', None) == 'tf32'
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = True
+    try:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f'--out-dir {args.out_dir} cannot be made: {one_line(error)}')
+    return torch.device(args.device)
 
 
 def load_config(args: argparse.Namespace) -> Config:

@@ -8,23 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _bench import (
-    add_options,
-    check_arguments,
-    count_macs,
-    count_parameters,
-    describe_machine,
-    draw_road,
-    make_trained_like,
-    set_up,
-    show,
-    times,
-    write_json,
-)
-from _routes import Route, WrongRoute, check
+from _launch import add_measuring_arguments, check_measuring_arguments, prepare_measuring
 from torch import Tensor, nn
 
 from repvit_mm import RepViTRoadmapClassifier, switch_to_deploy
+from repvit_mm.deploy.benchmark.charts import draw_road
+from repvit_mm.deploy.benchmark.measures import count_macs, count_parameters
+from repvit_mm.deploy.benchmark.report import describe_machine, show, times, write_json
+from repvit_mm.deploy.benchmark.routes import Route, WrongRoute, check
+from repvit_mm.deploy.benchmark.synthetic import make_trained_like
 from repvit_mm.deploy.timing import interleave
 from repvit_mm.roadmap import ABLATIONS, STEPS
 
@@ -36,9 +28,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "the steps are interleaved. Accuracies, and latencies of the phone, are the paper's."
     )
     parser.add_argument('--ablations', action='store_true', help="measure the last step's ablations too")
-    add_options(parser, [224], rounds=20, folder='work_dirs/roadmap', outputs='roadmap')
+    add_measuring_arguments(parser, [224], rounds=20, folder='work_dirs/roadmap', outputs='roadmap')
     args = parser.parse_args(argv)
-    check_arguments(args)
+    check_measuring_arguments(args)
     return args
 
 
@@ -84,7 +76,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table and leave the figures as JSON and as a picture."""
     args = parse_args(argv)
-    device = set_up(args)
+    device = prepare_measuring(args)
     machine = describe_machine(device)
     try:
         rows = measure(args, device)

@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compat.pytorch import any_row_count
+from ..messages import one_line
 from .graph import ExportError, Graph, backbone_graph, graph_of
 from .load import versions
+from .masks import pasted
 from .metadata import KEY, FileInfo
 from .operators import Suppress, suppress_by_loop, suppress_by_onnx, suppress_by_scan
 from .runtimes import INFO_FILE, RuntimeFileError, open_file
 from .timing import Spread, interleave
-from .verify import TOLERANCES, Difference, compare, framework_outputs, largest, pasted
+from .verify import TOLERANCES, Difference, compare, framework_outputs, largest
 
 OPSET = 17
 """Of ONNX files: one that every current runtime reads, and the first one but one whose RoiAlign is right."""
@@ -291,28 +293,10 @@ def export(
     """
     exporter = EXPORTERS[target]
     check_options(target, path, options)
-    for library in exporter.library:
-        if not versions([library]):
-            raise ExportError(f'{target} needs the package {library}: pip install {library}')
-    info = replace(
-        info,
-        sizes=() if options.dynamic else options.sizes,
-        batch=None if options.dynamic else 1,
-        precision=options.precision,
-        versions=info.versions | versions(exporter.library),
-    )
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.', dir=path.parent) as scratch:
         part = Path(scratch, path.name)
-        try:
-            # Two images where their number is left open: torch.export takes one for a constant.
-            batch = torch.from_numpy(random_images(2 if options.dynamic else 1, options.sizes[0]))
-            with torch.no_grad(), quiet():
-                exporter.write(graph, batch, info, part, options)
-        except ExportError:
-            raise
-        except Exception as error:  # exporters raise anything
-            raise ExportError(f'{target} cannot export this model: {" ".join(str(error).split())[:300]}') from error
+        info = write_file(graph, info, target, part, options)
         report = Report(path, sum(file.stat().st_size for file in Path(scratch).rglob('*') if file.is_file()))
         if exporter.runs:
             run = open_exported(part, info)
@@ -330,6 +314,46 @@ def export(
                 shutil.rmtree(goal)
             file.replace(goal)
     return report
+
+
+def write_file(graph: Graph, info: FileInfo, target: str, path: Path, options: Options, batch: int = 1) -> FileInfo:
+    """Write a graph to a file. Whether the file computes what it should is for the caller to find out.
+
+    Args:
+        graph: The graph.
+        info: What the file says of itself; sizes, precision and versions are filled in here.
+        target: A name in ``EXPORTERS``.
+        path: The file.
+        options: The same as the graph's.
+        batch: How many images a file of a fixed size takes at once.
+
+    Returns:
+        What the file says of itself.
+
+    Raises:
+        ExportError: if the target's library is missing or fails.
+    """
+    exporter = EXPORTERS[target]
+    for library in exporter.library:
+        if not versions([library]):
+            raise ExportError(f'{target} needs the package {library}: pip install {library}')
+    info = replace(
+        info,
+        sizes=() if options.dynamic else options.sizes,
+        batch=None if options.dynamic else batch,
+        precision=options.precision,
+        versions=info.versions | versions(exporter.library),
+    )
+    # Two images where their number is left open: torch.export takes one for a constant.
+    images = torch.from_numpy(random_images(2 if options.dynamic else batch, options.sizes[0]))
+    try:
+        with torch.no_grad(), quiet():
+            exporter.write(graph, images, info, path, options)
+    except ExportError:
+        raise
+    except Exception as error:  # exporters raise anything
+        raise ExportError(f'{target} cannot export this model: {one_line(error, 300)}') from error
+    return info
 
 
 def open_exported(path: Path, info: FileInfo) -> Run:

@@ -56,6 +56,7 @@ class Preprocess(nn.Module):
         super().__init__()
         self.register_buffer('mean', torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
         self.register_buffer('std', torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
+        self.normalizes = any(mean) or set(std) != {1}
         self.divisor = divisor
         self.least = least
         self.value = value
@@ -92,7 +93,8 @@ class Preprocess(nn.Module):
 
     def forward(self, images: Tensor, sides: tuple[Size, Size]) -> Tensor:
         """``(N, 3, H, W)`` with the sides H and W to ``(N, 3, H', W')``."""
-        images = (images - self.mean) / self.std
+        if self.normalizes:
+            images = (images - self.mean) / self.std
         if self.bgr:
             images = images[:, [2, 1, 0]]
         if self.divisor > 1 or any(self.least):

@@ -22,7 +22,7 @@ from rich.progress import track
 from torch import nn
 
 from .evaluate import MismatchError, put_file
-from .export import EXPORTERS, Options, build_graph, check_options, export, quiet, random_images
+from .export import Options, build_graph, check_options, export, write_file
 from .graph import ExportError, Graph
 from .load import plain_datasets, test_dataset, versions
 from .metadata import KEY, FileInfo
@@ -240,9 +240,7 @@ def _quantize(
         source = files['float32']
         if target != 'onnx':
             source = Path(scratch, 'model.onnx')
-            batch = torch.from_numpy(random_images(2 if options.dynamic else 1, options.sizes[0]))
-            with torch.no_grad(), quiet():
-                EXPORTERS['onnx'].write(build_graph(model, 'onnx', options), batch, info, source, options)
+            write_file(build_graph(model, 'onnx', options), info, 'onnx', source, options)
         network = QdqNetwork(source, calibration, int8.reduce_range)
     sensitivity = measure(network, calibration, torch.get_num_threads())
     chosen = set(sensitivity.float_layers)

@@ -1,5 +1,7 @@
 """From the masks that a file gives, each over its box, to masks of an image. Needs numpy only."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 
@@ -26,6 +28,14 @@ def paste_masks(masks: np.ndarray, boxes: np.ndarray, size: tuple[int, int], thr
         inside = down @ mask @ across.T >= threshold
         image[top : top + len(down), left : left + len(across)] = inside
     return pasted
+
+
+def pasted(outputs: Mapping[str, np.ndarray], size: tuple[int, int], threshold: float = 0.5) -> dict[str, np.ndarray]:
+    """A file's outputs, its masks, if it gives any, in an image of a size: ``(N, K, H, W)`` bool."""
+    if 'masks' not in outputs:
+        return dict(outputs)
+    images = zip(outputs['masks'], outputs['boxes'], strict=True)
+    return {**outputs, 'masks': np.stack([paste_masks(masks, boxes, size, threshold) for masks, boxes in images])}
 
 
 def _weights(low: float, high: float, cells: int, pixels: int) -> tuple[int, np.ndarray]:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..compat.mmcv import ties_in_order
 from ..compat.openmmlab import normalizes, reverses_channels
-from .masks import paste_masks
 from .metadata import Task
 
 Outputs = Mapping[str, np.ndarray]
@@ -83,22 +82,34 @@ def framework_outputs(model: nn.Module, task: Task, images: np.ndarray, logits: 
         images: ``(N, 3, H, W)``, RGB, values from 0 to 255.
         logits: Whether a segmentor's logits are wanted instead of labels.
     """
-    shape = images.shape[-2:]
-    inputs = list(torch.from_numpy(images).flip(1))  # the frameworks load BGR
     if task == 'backbone':
-        normalized = [normalize(model, image) for image in inputs]
+        normalized = [normalize(model, image) for image in torch.from_numpy(images).flip(1)]
         maps = model.backbone(torch.stack(normalized))
         return {f'map{index}': map_.float().numpy() for index, map_ in enumerate(maps)}
-    samples = [_sample(task, shape) for _ in inputs]
+    if task == 'detection':
+        with ties_in_order():
+            results = framework_results(model, task, images)
+        return _padded([result.pred_instances for result in results])
+    results = framework_results(model, task, images)
+    if logits:
+        return {'logits': np.stack([result.seg_logits.data.numpy() for result in results])}
+    return {'labels': np.stack([result.pred_sem_seg.data[0].numpy().astype(np.int64) for result in results])}
+
+
+@torch.inference_mode()
+def framework_results(model: nn.Module, task: Task, images: np.ndarray) -> list:
+    """What MMDetection or MMSegmentation itself predicts, in its own form: a data sample for each image.
+
+    Args:
+        model: The built model in ``eval`` mode.
+        task: ``'detection'`` or ``'segmentation'``.
+        images: ``(N, 3, H, W)``, RGB, values from 0 to 255.
+    """
+    inputs = list(torch.from_numpy(images).flip(1))  # the frameworks load BGR
+    samples = [_sample(task, images.shape[-2:]) for _ in inputs]
     data = model.data_preprocessor({'inputs': inputs, 'data_samples': samples}, False)
-    if task == 'segmentation':
-        results = model.predict(data['inputs'], data['data_samples'])
-        if logits:
-            return {'logits': np.stack([result.seg_logits.data.numpy() for result in results])}
-        return {'labels': np.stack([result.pred_sem_seg.data[0].numpy().astype(np.int64) for result in results])}
-    with ties_in_order():
-        results = model.predict(data['inputs'], data['data_samples'], rescale=False)
-    return _padded([result.pred_instances for result in results])
+    options = {'rescale': False} if task == 'detection' else {}
+    return model.predict(data['inputs'], data['data_samples'], **options)
 
 
 def normalize(model: nn.Module, image: Tensor) -> Tensor:
@@ -143,14 +154,6 @@ def _padded(results: list) -> dict[str, np.ndarray]:
     return outputs
 
 
-def pasted(outputs: Outputs, size: tuple[int, int], threshold: float) -> Outputs:
-    """A file's outputs, its masks in an image of a size as the framework gives them: ``(N, K, H, W)`` bool."""
-    if 'masks' not in outputs:
-        return outputs
-    images = zip(outputs['masks'], outputs['boxes'], strict=True)
-    return {**outputs, 'masks': np.stack([paste_masks(masks, boxes, size, threshold) for masks, boxes in images])}
-
-
 def compare(
     task: Task, expected: Outputs, found: Outputs, tolerance: Tolerance, limit: int | None = None
 ) -> Difference:
@@ -177,13 +180,13 @@ def compare(
     return Difference(f'relative L2 error {worst:.1e}', worst / tolerance.maps)
 
 
-def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+def relative_error(actual: np.ndarray | Tensor, expected: np.ndarray | Tensor) -> float:
     """L2 norm of the difference over that of ``expected``, in float64; infinite if the shapes differ."""
+    actual, expected = (torch.as_tensor(values).detach().cpu().double() for values in (actual, expected))
     if actual.shape != expected.shape:
         return float('inf')
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    scale = np.linalg.norm(expected)
-    return float(np.linalg.norm(actual - expected) / scale if scale > 0 else np.linalg.norm(actual))
+    scale = expected.norm()
+    return ((actual - expected).norm() / scale if scale > 0 else actual.norm()).item()
 
 
 def _compare_detections(expected: Outputs, found: Outputs, tolerance: Tolerance, limit: int | None) -> Difference:

@@ -5,25 +5,27 @@ import importlib
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
-from _bench import relative_error
 from torch import Tensor, nn
 
-from repvit_mm import switch_to_deploy
-from repvit_mm.backbone import ReparamBackbone
-from repvit_mm.messages import one_line
-from repvit_mm.reparam import plain_formulation
-
-OPSET = 17
-"""Of the exported graph: one that every current runtime reads."""
+from ...backbone import ReparamBackbone
+from ...messages import one_line
+from ...reparam import plain_formulation, switch_to_deploy
+from ..export import EXPORTERS, Options, write_file
+from ..graph import BackboneGraph, ExportError, Preprocess
+from ..metadata import FileInfo
+from ..quantize import quantize_file
+from ..runtimes import RuntimeFileError, open_file
+from ..verify import TOLERANCES, relative_error
 
 
 class LeftOut(Exception):
@@ -57,11 +59,13 @@ class Route:
         run: Gives the maps, as tensors or arrays.
         network: What torch runs, or ``None`` if another library does.
         last_only: Whether it gives the last map only.
+        tolerance: Relative L2 error of a map that the route may have; ``None`` if the precision alone says that.
     """
 
     run: Callable[[], Sequence[Any]]
     network: nn.Module | None = None
     last_only: bool = False
+    tolerance: float | None = None
 
 
 def of(network: nn.Module, images: Tensor) -> Route:
@@ -147,29 +151,71 @@ def timm(source: Source, stack: ExitStack) -> Route:
     return Route(lambda: (network.forward_features(source.images),), network, last_only=True)
 
 
-def onnxruntime(source: Source, stack: ExitStack) -> Route:
-    """The exported graph in ONNX Runtime."""
-    array = input_array(source)
-    library = optional('onnxruntime')
-    options = library.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Its threads spin on after a run, at the cost of whoever runs next.
-    options.add_session_config_entry('session.force_spinning_stop', '1')
-    session = library.InferenceSession(str(export(source, stack)), options, providers=['CPUExecutionProvider'])
-    return Route(lambda: session.run(None, {'images': array}))
+@dataclass(frozen=True)
+class FileRoute:
+    """An exported file in its own runtime, on the CPU.
+
+    Args:
+        target: A key of :data:`~repvit_mm.deploy.export.EXPORTERS`.
+        int8: Whether the file is quantized; one for ONNX or OpenVINO can be.
+    """
+
+    target: str
+    int8: bool = False
+
+    @property
+    def precision(self) -> str:
+        """What the file computes in."""
+        return 'int8' if self.int8 else 'float32'
 
 
-def openvino(source: Source, stack: ExitStack) -> Route:
-    """The exported graph in OpenVINO."""
-    array = input_array(source)
-    core = optional('openvino').Core()
-    options = {
-        'PERFORMANCE_HINT': 'LATENCY',
-        'INFERENCE_NUM_THREADS': torch.get_num_threads(),
-        'INFERENCE_PRECISION_HINT': 'f32',  # it would take bfloat16 where the processor has it
-    }
-    network = core.compile_model(core.read_model(export(source, stack)), 'CPU', options)
-    return Route(lambda: list(network(array).values()))
+FILES = {
+    'onnxruntime': FileRoute('onnx'),
+    'onnxruntime_int8': FileRoute('onnx', int8=True),
+    'openvino': FileRoute('openvino'),
+    'openvino_int8': FileRoute('openvino', int8=True),
+    'executorch': FileRoute('executorch'),
+    'torchscript': FileRoute('torchscript'),
+    'torch_export': FileRoute('torch_export'),
+}
+"""Name of a route by way of a file -> the file."""
+
+
+def exported(name: str, source: Source, stack: ExitStack) -> Route:
+    """The exported graph of the deployed backbone, in the file's own runtime."""
+    route = FILES[name]
+    if source.images.device.type != 'cpu' or source.images.dtype != torch.float32:
+        raise LeftOut('measured on the CPU in float32 only')
+    images = source.images.numpy()
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    path = folder / f'backbone{EXPORTERS[route.target].suffix}'
+    graph = BackboneGraph(fused_copy(source).requires_grad_(False), Preprocess()).eval()
+    graph.size = images.shape[2:]
+    info = FileInfo('backbone', graph.outputs)
+    options = Options('backbone', (graph.size,))
+    try:
+        write_file(graph, info, route.target, path, options, len(images))
+        if route.int8:
+            path = quantized(path, [images])
+        runtime = open_file(path, torch.get_num_threads())
+    except (ExportError, RuntimeFileError) as error:
+        raise LeftOut(one_line(error)) from None
+    return Route(lambda: list(runtime.run(images).values()), tolerance=TOLERANCES[route.precision].maps)
+
+
+def quantized(path: Path, images: Sequence[np.ndarray]) -> Path:
+    """Make an int8 file of a float file, beside it.
+
+    Args:
+        path: The file, ``.onnx`` or ``.xml``.
+        images: Batches to calibrate on, ``(N, 3, H, W)``.
+
+    Raises:
+        RuntimeFileError: if a library is missing.
+    """
+    goal = path.with_stem(f'{path.stem}_int8')
+    quantize_file(path, goal, images)
+    return goal
 
 
 ROUTES: dict[str, Callable[[Source, ExitStack], Route]] = {
@@ -180,8 +226,7 @@ ROUTES: dict[str, Callable[[Source, ExitStack], Route]] = {
     'channels_last': channels_last,
     'compiled': compiled,
     'timm': timm,
-    'onnxruntime': onnxruntime,
-    'openvino': openvino,
+    **{name: partial(exported, name) for name in FILES},
 }
 """Name of a route -> what prepares it. What a route needs for its running is undone as the stack closes."""
 
@@ -194,25 +239,6 @@ def optional(name: str) -> ModuleType:
         raise LeftOut(one_line(error)) from None
 
 
-def input_array(source: Source) -> Any:
-    """The input for a library beside torch, which is measured in float32 on the CPU only."""
-    if source.images.device.type != 'cpu' or source.images.dtype != torch.float32:
-        raise LeftOut('measured on the CPU in float32 only')
-    return source.images.numpy()
-
-
-def export(source: Source, stack: ExitStack) -> Path:
-    """The deployed network as an ONNX file, which lasts as long as the stack."""
-    path = Path(stack.enter_context(tempfile.TemporaryDirectory()), 'backbone.onnx')
-    with warnings.catch_warnings():
-        # On the exporter's age. The newer one needs a package more.
-        warnings.simplefilter('ignore')
-        torch.onnx.export(
-            fused_copy(source), (source.images,), path, input_names=['images'], opset_version=OPSET, dynamo=False
-        )
-    return path
-
-
 def check(name: str, route: Route, expected: Sequence[Tensor], tolerance: float) -> None:
     """Run a route once and compare its maps.
 
@@ -220,11 +246,12 @@ def check(name: str, route: Route, expected: Sequence[Tensor], tolerance: float)
         name: The route's name.
         route: The route.
         expected: The unfused network's maps.
-        tolerance: Largest relative L2 error of a map.
+        tolerance: Largest relative L2 error of a map, if the route does not state its own.
 
     Raises:
         WrongRoute: if a map is missing or further off.
     """
+    tolerance = tolerance if route.tolerance is None else route.tolerance
     wanted = expected[-1:] if route.last_only else expected
     maps = [torch.as_tensor(found) for found in route.run()]
     if len(maps) != len(wanted):

@@ -1,0 +1,1 @@
+"""Times, memory and arithmetic of backbones and whole models by every route: what ``tools/benchmark.py`` measures."""

@@ -1,0 +1,80 @@
+"""What a network takes: multiply-accumulates, parameters, and the memory of its tensors."""
+
+import torch
+from mmengine.analysis import FlopAnalyzer
+from torch import Tensor, nn
+
+from ..timing import Run
+
+MATRIX_SIZE = {'cpu': 2048, 'cuda': 8192}
+"""Side of the matrices that are multiplied for the roofline: large enough that the arithmetic is all that counts."""
+
+
+def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Run, int]:
+    """A large product of square matrices, for the machine's matrix rate, and its multiply-accumulates."""
+    size = MATRIX_SIZE[device.type]
+    first, second = torch.randn(2, size, size, device=device, dtype=dtype)
+    return lambda: torch.mm(first, second), size**3
+
+
+def count_macs(network: nn.Module, images: Tensor) -> int:
+    """Multiply-accumulates of a network's convolutions and linear layers, counted by MMEngine.
+
+    Args:
+        network: The network; it is traced.
+        images: Its input ``(N, 3, H, W)``.
+    """
+    # MMEngine calls a multiply-accumulate one flop.
+    analyzer = FlopAnalyzer(network, images).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    with torch.no_grad():
+        operators = analyzer.by_operator()
+    return operators['conv'] + operators['linear']
+
+
+def count_parameters(network: nn.Module) -> int:
+    """The number of a network's parameters, frozen ones too."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def peak_bytes(run: Run, device: torch.device) -> int:
+    """The most memory that tensors take at once during a run, above what was there before it, in bytes.
+
+    Weights and input are there before. On a GPU the allocator counts; on a CPU the profiler sees each tensor come and
+    go. Memory that a library takes for itself, not for a tensor, is not seen.
+    """
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == '[memory]']
+    total = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+def saved_bytes(run: Run, network: nn.Module) -> int:
+    """The memory of all distinct tensors that a run saves for its backward pass, in bytes.
+
+    Views of one tensor count once, with the memory that they keep; the network's parameters and buffers, which are
+    there anyway, do not count. The input does.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+    # Kept until the end: memory that was given back could be another tensor's.
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in storages.values())

@@ -1,0 +1,183 @@
+"""Training steps and iterations, plain against folded: whether they do the same, and what they take."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from torch import Tensor, nn
+
+from ...reparam import reparam_blocks
+from ..timing import Run, interleave
+from ..verify import relative_error
+from .measures import peak_bytes, saved_bytes
+from .report import times
+from .routes import LeftOut, Route, WrongRoute, check, plain_copy
+from .synthetic import synthetic_samples
+
+GRADIENT_TOLERANCE = 1e-6
+"""Largest relative L2 error of a parameter's gradient, folded against plain, in float64.
+
+In float32 rounding carries a few activations across the kink of a ReLU, which alone makes 1e-2.
+"""
+
+MAP_TOLERANCE = 1e-4
+"""Largest relative L2 error of a map, folded against plain, in float32."""
+
+CHECKED_SIDE = 64
+"""Of the image on which gradients are compared: convolutions in float64 are slow."""
+
+
+def measure_steps(
+    name: str,
+    network: nn.Module,
+    batch: int,
+    size: tuple[int, int],
+    rounds: int,
+    amp: bool = False,
+    channels_last: bool = False,
+) -> list[dict[str, Any]]:
+    """The rows of a backbone's training steps, plain and folded.
+
+    Args:
+        name: Of the rows.
+        network: The backbone in ``train`` mode with frozen statistics.
+        batch: How many images a step takes.
+        size: Their height and width in pixels.
+        rounds: Counted rounds of the timing.
+        amp: Whether to train in mixed precision.
+        channels_last: Whether the channels of a pixel lie side by side in memory.
+
+    Raises:
+        WrongRoute: if a map or a gradient differs.
+    """
+    images = torch.randn(batch, 3, *size, device=next(network.parameters()).device)
+    if channels_last:
+        network = network.to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
+    with ExitStack() as stack:
+        networks = {'plain': plain_copy(network, stack), 'folded': network}
+        check_gradients(name, networks, images)
+        steps = {route: training_step(twin, images, amp) for route, twin in networks.items()}
+        return measure_training(name, networks, steps, batch, rounds, images.device)
+
+
+def training_step(network: nn.Module, images: Tensor, amp: bool) -> Run:
+    """Forward and backward from fixed gradients of the maps; no gradient is left behind."""
+    with torch.no_grad():
+        gradients = [torch.randn_like(map_) for map_ in network(images)]
+
+    def step() -> None:
+        with autocast(images.device, amp):
+            maps = network(images)
+        torch.autograd.backward(maps, [g.to(map_.dtype) for g, map_ in zip(gradients, maps, strict=True)])
+        network.zero_grad()
+
+    return step
+
+
+def check_gradients(name: str, networks: Mapping[str, nn.Module], images: Tensor) -> None:
+    """Compare maps and gradients, folded against plain, in float64 on the corner of an image.
+
+    Raises:
+        WrongRoute: if they differ.
+    """
+    found = {}
+    corner = images[:1, :, :CHECKED_SIDE, :CHECKED_SIDE].double()
+    for route, network in networks.items():
+        torch.manual_seed(0)
+        maps = network.double()(corner)
+        torch.autograd.backward(maps, [torch.randn_like(map_) for map_ in maps])
+        tensors = {f'map {i}': map_.detach() for i, map_ in enumerate(maps)}
+        tensors |= {parameter: value.grad for parameter, value in network.named_parameters()}
+        network.zero_grad()
+        network.to(images.dtype)
+        found[route] = tensors
+    for tensor, expected in found['plain'].items():
+        error = relative_error(found['folded'][tensor], expected)
+        if not error <= GRADIENT_TOLERANCE:
+            raise WrongRoute(f'{name}: {tensor} differs by {error:.1e} between folded and plain')
+
+
+def measure_training(
+    name: str,
+    networks: Mapping[str, nn.Module],
+    steps: Mapping[str, Run],
+    batch: int,
+    rounds: int,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """The rows of steps that train the networks of the same names, the first of which the others are compared with."""
+    spreads = interleave(steps, rounds, device, name)
+    return [
+        {
+            'name': name,
+            'batch': batch,
+            'route': route,
+            **times(measured, spreads[next(iter(steps))], batch),
+            'saved_bytes': saved_bytes(steps[route], networks[route]),
+            'peak_bytes': peak_bytes(steps[route], device),
+        }
+        for route, measured in spreads.items()
+    ]
+
+
+def training_iteration(model: nn.Module, cfg: Config, data: dict[str, Any]) -> Run:
+    """Losses, backward and the optimizer's step, with a learning rate of 0 so that all iterations are the same."""
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    for group in wrapper.param_groups:
+        group['lr'] = 0.0
+
+    def iteration() -> None:
+        torch.manual_seed(0)  # heads draw samples
+        with wrapper.optim_context(model):
+            loss, _ = model.parse_losses(model(**data, mode='loss'))
+        wrapper.update_params(loss)
+
+    return iteration
+
+
+def autocast(device: torch.device, enabled: bool) -> AbstractContextManager:
+    """Automatic mixed precision of the device: float16 on a GPU, bfloat16 on a CPU."""
+    return torch.autocast(device.type) if enabled else nullcontext()
+
+
+def measure_iterations(
+    name: str,
+    model: nn.Module,
+    cfg: Config,
+    batch: int,
+    size: tuple[int, int],
+    rounds: int,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """The rows of training iterations of a whole model, on noise with annotations drawn at random.
+
+    Args:
+        name: Of the rows.
+        model: The model; it is left in ``train`` mode.
+        cfg: Its config.
+        batch: How many images an iteration takes.
+        size: Their height and width in pixels.
+        rounds: Counted rounds of the timing.
+        device: Where it trains.
+
+    Raises:
+        LeftOut: if the model trains with live statistics, which nothing folds.
+        WrongRoute: if the backbone's maps are not the same folded.
+    """
+    model.train().to(device)
+    if not all(block.statistics_frozen() for block in reparam_blocks(model.backbone)):
+        raise LeftOut(
+            f'{name} trains with live statistics, which nothing folds: add --cfg-options model.backbone.norm_eval=True'
+        )
+    data = model.data_preprocessor(synthetic_samples(cfg, model, batch, size), True)
+    with ExitStack() as stack:
+        models = {'plain': plain_copy(model, stack), 'folded': model}
+        with torch.no_grad():
+            expected = models['plain'].backbone(data['inputs'])
+            check(f'folded of {name}', Route(lambda: model.backbone(data['inputs'])), expected, MAP_TOLERANCE)
+        steps = {route: training_iteration(twin, cfg, data) for route, twin in models.items()}
+        return measure_training(name, models, steps, batch, rounds, device)
