@@ -62,6 +62,19 @@ def test_segmentor_in_onnx(tmp_path):
     assert Counter(node.op_type for node in graph.node)['BatchNormalization'] == 0
 
 
+@pytest.mark.parametrize('target', ['onnx', 'torchscript'])
+def test_logits_of_any_size(target, tmp_path):
+    """Sides that are no multiples of what the network halves its images to, larger and smaller than the traced one."""
+    model, path, _ = make(target, 'semantic_fpn', tmp_path, dynamic=True, logits=True)
+    runtime = open_file(path)
+    for shape in ((1, 50, 61), (3, 160, 33), (2, *SIZE)):
+        x = images(*shape)
+        expected = framework_outputs(model, 'segmentation', x, logits=True)
+        assert expected['logits'].shape == (shape[0], 7, *shape[1:])
+        difference = compare('segmentation', expected, runtime.run(x), Tolerance())
+        assert difference.tolerated, difference.text
+
+
 def test_file_says_what_it_is(tmp_path):
     _, path, _ = make('onnx', 'semantic_fpn', tmp_path)
     info = open_file(path).info

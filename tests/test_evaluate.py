@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 from repvit_mm.deploy.evaluate import ExportedModel, MismatchError, put_file
-from repvit_mm.deploy.load import class_names
+from repvit_mm.deploy.load import class_names, read_checkpoint
 from repvit_mm.deploy.prediction import fit_image, predict
 from repvit_mm.deploy.runtimes import RuntimeFileError
 
@@ -219,7 +219,7 @@ def test_classes_are_the_checkpoint_s_or_else_the_config_s(tmp_path):
         ({'CLASSES': classes}, (classes, palette)),
     ]:
         torch.save({'state_dict': {}, 'meta': meta}, path)
-        assert class_names(coco, path) == expected
+        assert class_names(coco, path) == class_names(coco, read_checkpoint(path)) == expected
 
 
 @pytest.fixture(scope='module')

@@ -12,7 +12,7 @@ from repvit_mm.checkpoint import CheckpointError, trust
 from repvit_mm.deploy.export import EXPORTERS, OPSET, Options, build_graph, check_options, export
 from repvit_mm.deploy.graph import ExportError
 from repvit_mm.deploy.int8 import LIBRARIES, Int8Options, check_target, export_int8
-from repvit_mm.deploy.load import describe, input_size, load_model, test_images
+from repvit_mm.deploy.load import describe, input_size, load_model, read_checkpoint, test_images
 
 REAL_IMAGES = 4
 """How many images of the test data set a file is compared on."""
@@ -98,9 +98,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         (check_target if args.int8 else check_options)(args.to, path, options)
         if path.exists() and not args.force:
             sys.exit(f'{path} is there already: --force replaces it, --out names another file')
-        model = load_model(cfg, args.checkpoint, deploy=True)
+        checkpoint = read_checkpoint(args.checkpoint)
+        model = load_model(cfg, checkpoint, deploy=True)
         graph = build_graph(model, args.to, options)
-        info = describe(cfg, args.checkpoint, graph)
+        info = describe(cfg, checkpoint, graph)
         images = test_images(cfg, REAL_IMAGES)
         if args.int8:
             int8 = Int8Options(args.calibration, args.max_drop, tuple(args.float_layers), args.reduce_range)

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,48 @@ DISTRIBUTIONS = ('repvit_mm', 'torch', 'mmengine', 'mmcv', 'mmdet', 'mmsegmentat
 """Whose versions a file tells, beside those of its exporter."""
 
 
-def load_model(cfg: Config, checkpoint: str | Path, deploy: bool = False) -> nn.Module:
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read.
+
+    Args:
+        source: Its path or address.
+        content: What it holds.
+    """
+
+    source: str
+    content: Any
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """What it says of its training; empty if it says nothing."""
+        meta = self.content.get('meta') if isinstance(self.content, Mapping) else None
+        return meta if isinstance(meta, Mapping) else {}
+
+    @property
+    def path(self) -> Path:
+        """Its file; of one that was fetched, the copy in the cache."""
+        return cached(self.source) if '://' in self.source else Path(self.source).expanduser()
+
+
+def read_checkpoint(checkpoint: str | Path | Checkpoint) -> Checkpoint:
+    """Read a checkpoint by the package's own reader; one that was read already is handed back.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    if isinstance(checkpoint, Checkpoint):
+        return checkpoint
+    source = str(checkpoint)
+    return Checkpoint(source, CheckpointLoader.load_checkpoint(source, 'cpu', logger='silent'))
+
+
+def load_model(cfg: Config, checkpoint: str | Path | Checkpoint, deploy: bool = False) -> nn.Module:
     """A config's model with a checkpoint's weights, in ``eval`` mode.
 
     Args:
         cfg: The config.
-        checkpoint: Path or address of the checkpoint.
+        checkpoint: The checkpoint, its path or its address.
         deploy: Whether to fuse the whole model; the checkpoint's backbone may be fused already then. If not, the model
             is as the config says.
 
@@ -42,10 +79,10 @@ def load_model(cfg: Config, checkpoint: str | Path, deploy: bool = False) -> nn.
         CheckpointError: if the checkpoint cannot be read, or does not fit the model, its heads included.
     """
     model = build_model(cfg, deploy)
-    content = CheckpointLoader.load_checkpoint(str(checkpoint), 'cpu', logger='silent')
-    check_outside_backbones(model, content, str(checkpoint))
+    checkpoint = read_checkpoint(checkpoint)
+    check_outside_backbones(model, checkpoint.content, checkpoint.source)
     # Not strict: a file may hold more than the model, and old ones lack BatchNorm's batch counters.
-    tensors = {name.removeprefix('module.'): tensor for name, tensor in tensors_of(content).items()}
+    tensors = {name.removeprefix('module.'): tensor for name, tensor in tensors_of(checkpoint.content).items()}
     model.load_state_dict(tensors, strict=False)
     return fuse_model(model) if deploy else model
 
@@ -90,15 +127,16 @@ def fuse_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def describe(cfg: Config, checkpoint: str | Path | None, graph: Graph, **fields: Any) -> FileInfo:
+def describe(cfg: Config, checkpoint: str | Path | Checkpoint | None, graph: Graph, **fields: Any) -> FileInfo:
     """What an exported file says of itself.
 
     Args:
         cfg: The config.
-        checkpoint: The checkpoint whose weights the graph has; ``None`` if it has random ones.
+        checkpoint: The checkpoint whose weights the graph has, its path or its address; ``None`` if it has random ones.
         graph: What is exported.
         fields: Further fields of :class:`~repvit_mm.deploy.metadata.FileInfo`.
     """
+    checkpoint = None if checkpoint is None else read_checkpoint(checkpoint)
     classes, palette = ((), ()) if graph.task == 'backbone' else class_names(cfg, checkpoint)
     preprocess = graph.preprocess
     known: dict[str, Any] = dict(
@@ -115,18 +153,16 @@ def describe(cfg: Config, checkpoint: str | Path | None, graph: Graph, **fields:
         **resizing(cfg),
     )
     if checkpoint is not None:
-        path = cached(str(checkpoint)) if '://' in str(checkpoint) else Path(checkpoint).expanduser()
+        path = checkpoint.path
         known |= {'checkpoint': path.name, 'sha256': hashlib.sha256(path.read_bytes()).hexdigest()}
     return FileInfo(**known | fields)
 
 
-def class_names(cfg: Config, checkpoint: str | Path | None) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
+def class_names(
+    cfg: Config, checkpoint: str | Path | Checkpoint | None
+) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
     """Names and colours of a model's classes, as the checkpoint has them, or else the config's test data set."""
-    meta: Any = {}
-    if checkpoint is not None:
-        content = CheckpointLoader.load_checkpoint(str(checkpoint), 'cpu', logger='silent')
-        meta = content.get('meta') if isinstance(content, Mapping) else None
-        meta = meta if isinstance(meta, Mapping) else {}
+    meta = {} if checkpoint is None else read_checkpoint(checkpoint).meta
     # MMEngine's words, and those of the 2.x era.
     found = dict(meta.get('dataset_meta') or {'classes': meta.get('CLASSES'), 'palette': meta.get('PALETTE')})
     if not (found.get('classes') and found.get('palette')) and (dataset := test_dataset(cfg)):

@@ -10,7 +10,7 @@ from mmengine.dataset import Compose
 from mmengine.device import get_device
 from mmengine.registry import DefaultScope
 
-from .load import class_names, fuse_model, load_model, test_dataset
+from .load import class_names, fuse_model, load_model, read_checkpoint, test_dataset
 from .metadata import TASKS
 from .prediction import Detections, LabelMap, Prediction
 
@@ -32,10 +32,11 @@ class ModelPredictor:
     score_threshold = 0.3
 
     def __init__(self, cfg: Config, checkpoint: str, fuse: bool = False, device: str | None = None) -> None:
-        model = load_model(cfg, checkpoint)
+        read = read_checkpoint(checkpoint)
+        model = load_model(cfg, read)
         self.model = (fuse_model(model) if fuse else model).to(device or get_device())
         self.task = TASKS[cfg.default_scope]
-        self.classes, self.palette = class_names(cfg, checkpoint)
+        self.classes, self.palette = class_names(cfg, read)
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             self.pipeline = image_pipeline(test_dataset(cfg).pipeline)
 

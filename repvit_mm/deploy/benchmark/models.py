@@ -2,9 +2,10 @@
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,7 @@ class Bench:
         images: ``(N, 3, H, W)``, RGB, from 0 to 255.
         device: Where torch computes.
         folder: For files.
+        files: Route -> its file, where there is one already. It is not compared again.
     """
 
     def __init__(
@@ -79,12 +81,14 @@ class Bench:
         images: np.ndarray,
         device: torch.device,
         folder: Path,
+        files: Mapping[str, Path],
     ) -> None:
         self.cfg = cfg
         self.fused = fuse_model(copy.deepcopy(model))
         self.images = images
         self.device = device
         self.folder = folder
+        self.files = files
         self.common = {'threads': torch.get_num_threads(), 'images': str(folder / 'images.npy')}
         np.save(self.common['images'], images)
         self.weights = folder / 'weights.pth'
@@ -111,6 +115,8 @@ class Bench:
             }
         if self.device.type != 'cpu':
             raise LeftOut('measured on the CPU only')
+        if route in self.files:
+            return {'file': str(self.files[route]), **self.common}
         try:
             path = self.float_file(FILES[route].target)
             return {'file': str(self.int8_file(path) if FILES[route].int8 else path), **self.common}
@@ -159,6 +165,7 @@ def measure_model(
     rounds: int,
     device: torch.device,
     left_out: dict[str, str],
+    files: Mapping[str, Path] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """The rows of one model and batch size.
 
@@ -172,6 +179,7 @@ def measure_model(
         rounds: Counted rounds of the timing.
         device: Where torch computes; files run on the CPU.
         left_out: Routes that cannot be taken here are added with their reasons.
+        files: Route -> its file, where there is one already; others are exported.
 
     Raises:
         WrongRoute: if the model is not the same in each form.
@@ -182,7 +190,7 @@ def measure_model(
     check_forms(name, model, images)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        bench = Bench(cfg, model, images, device, folder)
+        bench = Bench(cfg, model, images, device, folder, files)
         workers: dict[str, Worker] = {}
         for route in routes:
             try:
