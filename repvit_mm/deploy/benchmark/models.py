@@ -17,7 +17,6 @@ from ...messages import one_line
 from ...reparam import reparam_blocks, switch_to_deploy
 from ..export import EXPORTERS, Options, build_graph, export, random_images, resized
 from ..graph import ExportError
-from ..int8 import calibration_images, check_int8
 from ..load import build_model, describe, fuse_model, load_model, test_images
 from ..metadata import TASKS
 from ..runtimes import RuntimeFileError, open_file
@@ -145,6 +144,8 @@ class Bench:
             ExportError: if it is too far off.
             RuntimeFileError: if a library is missing.
         """
+        from ..int8 import calibration_images, check_int8  # needs mmcv, which backbones do without
+
         reference = open_file(path)
         try:
             images = calibration_images(self.cfg, reference.info, CALIBRATION)
