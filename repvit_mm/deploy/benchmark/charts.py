@@ -17,6 +17,10 @@ def new_figure(title: str, panels: int, width: float = 7) -> tuple[Any, Any]:
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
+MARKERS = 'os^D'
+"""Of the first, second, ... family of backbones."""
+
+
 def draw_variants(path: Path, title: str, rows: Sequence[Mapping[str, Any]], top1: Mapping[str, Top1]) -> None:
     """Latency of each route at the smallest batch, against parameters and, where known, published accuracy."""
     batch = min(row['batch'] for row in rows)
@@ -30,20 +34,25 @@ def draw_variants(path: Path, title: str, rows: Sequence[Mapping[str, Any]], top
         kinds = {name.partition(':')[0]: 'distilled' if best.distilled else 'plain' for name, best in known.items()}
         label = f'published ImageNet top-1, %\n({", ".join(map(" ".join, kinds.items()))})'
         panels.append((label, {name: best.distilled or best.plain for name, best in known.items()}))
+    from matplotlib import colormaps
+    from matplotlib.lines import Line2D
+
     figure, axes = new_figure(f'{title}, batch {batch}', len(panels))
-    routes = list(dict.fromkeys(row['route'] for row in rows))
+    styles = {
+        route: dict(color='black', linestyle=':') if route == 'roofline' else dict(color=colormaps['tab20'](index))
+        for index, route in enumerate(dict.fromkeys(row['route'] for row in rows))
+    }
     families = list(dict.fromkeys(row['name'].partition(':')[0] for row in rows))
     # Names of the first family stand left of its fastest route, those of others right of their slowest.
     sides = [(min, (-6, 3), 'right')] + [(max, (6, -9), 'left')] * (len(families) - 1)
     for axis, (label, values) in zip(axes, panels, strict=True):
-        for family, (extreme, offset, side), marker in zip(families, sides, 'os^D', strict=False):
+        for family, (extreme, offset, side), marker in zip(families, sides, MARKERS, strict=False):
             own = [row for row in rows if row['name'].startswith(f'{family}:') and row['name'] in values]
-            for index, route in enumerate(routes):
+            for route, style in styles.items():
                 line = sorted((values[row['name']], row['ms']) for row in own if row['route'] == route)
                 if line:
                     heights, latencies = zip(*line, strict=True)
-                    style = dict(color='black', linestyle=':') if route == 'roofline' else dict(color=f'C{index}')
-                    axis.plot(latencies, heights, marker=marker, markersize=4, label=f'{family}, {route}', **style)
+                    axis.plot(latencies, heights, marker=marker, markersize=4, **style)
             for name in dict.fromkeys(row['name'] for row in own):
                 place = extreme(row['ms'] for row in own if row['name'] == name), values[name]
                 axis.annotate(name.partition(':')[2], place, offset, textcoords='offset points', ha=side)
@@ -53,7 +62,11 @@ def draw_variants(path: Path, title: str, rows: Sequence[Mapping[str, Any]], top
         axis.tick_params(axis='x', which='both', labelrotation=45)
         axis.grid(alpha=0.3)
         axis.margins(x=0.08)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper')
+    kinds = [
+        Line2D([], [], color='gray', marker=marker, label=name) for name, marker in zip(families, MARKERS, strict=False)
+    ]
+    kinds += [Line2D([], [], label=route, **style) for route, style in styles.items()]
+    figure.legend(handles=kinds, loc='outside right upper')
     figure.savefig(path, dpi=120)
 
 
