@@ -146,7 +146,7 @@ def benchmark_model(args: argparse.Namespace, device: torch.device) -> dict[str,
             rows += measure_iterations(name, model, cfg, batch, size, args.rounds, device)
         else:
             rows += models.measure_model(name, model, cfg, args.routes, batch, size, args.rounds, device, left_out)
-    conditions = f'{"training iteration" if args.train else "inference"}, float32 on {device}'
+    conditions = f'training iteration, float32 on {device}' if args.train else f'inference on {device}'
     show(f'{name}, {conditions}', rows)
     tell(left_out)
     draw_bars(args.out_dir / 'model.png', conditions, rows)

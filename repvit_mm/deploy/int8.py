@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
+from ..messages import one_line
 from .evaluate import MismatchError, put_file
 from .export import Options, build_graph, check_options, export, write_file
 from .graph import ExportError, Graph
@@ -182,8 +183,10 @@ def export_int8(
         try:
             sensitivity, kept = _quantize(model, graph, info, target, files, options, int8, calibration)
             runs = {name: open_file(files[name], torch.get_num_threads()) for name in ('float32', 'int8')}
-        except RuntimeFileError as error:
+        except (RuntimeFileError, ExportError) as error:
             raise ExportError(str(error)) from error
+        except Exception as error:  # quantizers raise anything
+            raise ExportError(f'{target} cannot hold this model in int8: {one_line(error, 300)}') from error
         report = Int8Report(path, [], sensitivity, kept, len(calibration))
         tried = dataset_images(test_dataset(cfg), cfg, info, TRIED_ON) or calibration[:TRIED_ON]
         report.difference = check_int8(runs['float32'], runs['int8'], tried, graph.limit)
