@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_models import small_model
+from small_models import small_config, small_model
 
 from repvit_mm.deploy.export import EXPORTERS, Options, build_graph, quiet, random_images
 from repvit_mm.deploy.graph import ExportError
-from repvit_mm.deploy.int8 import Candidate, Int8Report, check_target, in_points, judge
+from repvit_mm.deploy.int8 import Candidate, Int8Options, Int8Report, check_target, export_int8, in_points, judge
 from repvit_mm.deploy.load import fuse_model
 from repvit_mm.deploy.metadata import FileInfo
 from repvit_mm.deploy.quantize import quantize_file, write_executorch
@@ -222,3 +222,15 @@ class TestJudging:
 def test_what_cannot_become_int8(target, options, message):
     with pytest.raises(ExportError, match=message):
         check_target(target, Path('a' + EXPORTERS[target].suffix), replace(OPTIONS, **options))
+
+
+def test_detectors_have_no_int8_for_executorch(tmp_path):
+    pytest.importorskip('executorch')
+    pytest.importorskip('torchao')
+    model = fuse_model(small_model('retinanet'))
+    graph = build_graph(model, 'executorch', Options(sizes=(SIZE,)))
+    path = tmp_path / 'folder' / 'a.pte'
+    arguments = (FileInfo('detection', graph.outputs), 'executorch', path, Options(sizes=(SIZE,)))
+    with pytest.raises(ExportError, match='takes segmentors and backbones'):
+        export_int8(model, graph, *arguments, small_config('retinanet'), Int8Options())
+    assert not path.parent.exists()

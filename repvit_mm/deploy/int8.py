@@ -171,6 +171,11 @@ def export_int8(
             more than ``int8.max_drop``. No file is left then.
     """
     check_target(target, path, options)
+    if target == 'executorch' and graph.task == 'detection':
+        raise ExportError(
+            '--int8 for executorch takes segmentors and backbones: its quantizer makes the indices of boxes float, '
+            'take --to onnx or --to openvino'
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.', dir=path.parent) as scratch:
         folders = {name: Path(scratch, name) for name in ('float32', 'bfloat16', 'int8')}

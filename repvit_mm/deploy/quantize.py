@@ -171,34 +171,16 @@ def write_executorch(
 
     from .export import lower_executorch
 
-    computed: set[str] = set()
-
-    def is_computed(node: 'fx.Node') -> bool:
-        # It is asked for each node of a pattern, the weights of a convolution included.
-        return node.op == 'get_attr' or (node.name in computed and _is_real(node))
-
-    class Quantizer(XNNPACKQuantizer):
-        """One that leaves alone what it is told to; by itself it takes concatenations, and makes indices float."""
-
-        def transform_for_annotation(self, model: 'fx.GraphModule') -> 'fx.GraphModule':
-            return model
-
-        def annotate(self, model: 'fx.GraphModule') -> 'fx.GraphModule':
-            super().annotate(model)
-            for node in model.graph.nodes:
-                if node.op == 'call_function' and not is_computed(node):
-                    node.meta.pop('quantization_annotation', None)
-            return model
-
     # ExecuTorch refuses the strides that a view of one image of several has.
     tensors = [torch.from_numpy(image).clone(memory_format=torch.contiguous_format) for image in images]
     with torch.no_grad(), _quiet('torchao'):
         module = torch.export.export(graph, (tensors[0],)).module()
         structure = find_structure(list(_torch_nodes(module.graph)))
         floats = {layer.name for layer in structure.layers if _is_kept(layer, kept)}
-        computed.update(structure.between - floats)
-        quantizer = Quantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
-        quantizer.set_filter_function(is_computed)
+        computed = structure.between - floats
+        quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+        # It is asked for each node of a pattern, the weights of a convolution included.
+        quantizer.set_filter_function(lambda node: node.op == 'get_attr' or node.name in computed)
         prepared = prepare_pt2e(module, quantizer)
         for tensor in tensors:
             prepared(tensor)
@@ -251,12 +233,6 @@ def _torch_nodes(graph: 'fx.Graph') -> Iterator[Node]:
                 tuple(source for source in inputs if source not in constant),
                 any(user.op == 'output' for user in node.users),
             )
-
-
-def _is_real(node: 'fx.Node') -> bool:
-    """Whether a node of a torch program takes and gives real numbers only: indices are added and multiplied, too."""
-    values = [other.meta.get('val') for other in (node, *node.all_input_nodes)]
-    return all(value.dtype.is_floating_point for value in values if hasattr(value, 'dtype'))
 
 
 @contextmanager
