@@ -41,3 +41,22 @@ def test_demo_stops_where_a_launcher_fails(tools):
     (tools / 'make_shapes.py').write_text("raise SystemExit('no room')")
     with pytest.raises(SystemExit, match=r'^the demo stops here: no room$'):
         demo.main()
+
+
+def outcome(*columns: float) -> 'demo.Outcome':
+    row = {'parameters': 1, 'ms': 1.0, 'times_first': 1.0}
+    sizes = [None, None, None, 11.6, 3.9]
+    return demo.Outcome({'mIoU': list(columns)}, 56, sizes, [row] * len(demo.COLUMNS))
+
+
+def test_demo_tells_what_fusing_and_exporting_changed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, 'OUT', tmp_path)
+    monkeypatch.setattr(demo, 'TASKS', demo.TASKS[1:])
+    good = {'segmentation': outcome(85.9, 85.9, 85.9, 85.9, 85.2)}
+    demo.report(good)
+    assert '11.6' in capsys.readouterr().out and 'OpenVINO int8' in (tmp_path / 'table.txt').read_text()
+    assert demo.shortcomings(good) == []
+    assert demo.shortcomings({'segmentation': outcome(85.9, 85.9, 85.9, 85.6, 85.9)}) == [
+        'mIoU is 85.90 unfused and 85.60 ONNX'
+    ]
+    assert demo.shortcomings({'segmentation': outcome(*[79.0] * 5)}) == ['mIoU is 79.0, wanted 80']
