@@ -1,8 +1,16 @@
-"""Learning rates for fine-tuning."""
+"""Learning rates for fine-tuning, and mixed precision on a CPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from mmengine.model import is_model_wrapper
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
-from torch import nn
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from mmengine.utils import apply_to
+from torch import Tensor, nn
 
 from .backbone import ReparamBackbone
 
@@ -46,3 +54,25 @@ class StageDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         for group in optim_wrapper.optimizer.param_groups:
             group['lr'] *= factors.get(id(group['params'][0]), 1.0)
         return optim_wrapper
+
+
+@OPTIM_WRAPPERS.register_module()
+class CpuAmpOptimWrapper(OptimWrapper):
+    """Mixed precision on a CPU: backbone and neck compute in bfloat16, which needs no scaling of the loss.
+
+    MMEngine's wrapper is for accelerators alone. Heads get float32 maps: mmcv's operators take no bfloat16 on a CPU.
+    """
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """MMEngine runs a model's forward pass within it."""
+        network = model.module if is_model_wrapper(model) else model
+        extract = network.extract_feat
+
+        def extract_feat(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast('cpu', torch.bfloat16):
+                maps = extract(*args, **kwargs)
+            return apply_to(maps, lambda value: isinstance(value, Tensor), Tensor.float)
+
+        with super().optim_context(model), mock.patch.object(network, 'extract_feat', extract_feat):
+            yield

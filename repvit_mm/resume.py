@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -205,17 +206,21 @@ class Stopped(RuntimeError):
 class StopOnSignalHook(Hook):
     """Ends a run that is asked to stop, by SIGTERM or Ctrl-C, with a checkpoint of the iteration that it is in.
 
-    Slurm sends SIGTERM before it kills. A second signal ends the process at once, as without this hook. With the loops
-    of this file a resumed run repeats one that was never stopped.
-
+    Slurm sends SIGTERM before it kills. With the loops of this file a resumed run repeats one that was never stopped.
     In a job of several processes they agree every ten iterations on whether one of them was asked.
+
+    Args:
+        patience: Seconds within which a further signal means the same. A later one ends the process at once, as without
+            this hook.
     """
 
     priority = 'LOWEST'  # when all that belongs to the iteration is done
     signals = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float = 2.0) -> None:
+        self.patience = patience
         self.asked: int | None = None
+        self.asked_at = 0.0
         self.saved_at: int | None = None
         self.before: dict[int, Any] = {}
 
@@ -232,12 +237,17 @@ class StopOnSignalHook(Hook):
         self.before = {}
 
     def note(self, signum: int, _: Any) -> None:
-        """Remember the signal; the next one does what it does otherwise."""
-        # A terminal signals a data loader's workers too, which inherit this: they live on, the iteration needs them.
-        signal.signal(signum, self.before[signum])
-        self.asked = signum
-        if os.getpid() == self.process:
+        """Remember the signal."""
+        if os.getpid() != self.process:  # a data loader's worker, which inherits this and a terminal signals too
+            return
+        if self.asked is None:
+            self.asked, self.asked_at = signum, time.monotonic()
+            # Workers that were ended by the same signal must not disturb the iteration, which has its batch.
+            self.before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
             print_log(f'{signal.Signals(signum).name}: stopping after this iteration', 'current')
+        elif time.monotonic() - self.asked_at > self.patience:
+            signal.signal(signum, self.before[signum])
+            os.kill(self.process, signum)
 
     def is_asked(self, iteration: int) -> bool:
         """Whether this process was asked to stop, or any of the job's."""

@@ -207,7 +207,7 @@ def train(
         schedule = dict(type='PolyLR', end=12, by_epoch=False)
     hooks = [dict(type='EMAHook', momentum=0.2), Death(*death)]
     if ask:
-        hooks += [Ask(*ask), dict(type='StopOnSignalHook')]
+        hooks += [Ask(*ask[:3]), dict(type='StopOnSignalHook', patience=ask[3] if len(ask) > 3 else 2.0)]
     runner = Runner(
         Net(),
         work_dir='work',
@@ -435,10 +435,13 @@ def test_validation_before_which_nothing_was_saved_runs_to_its_end(make_folder, 
     assert same(folder, never_stopped['epoch'])
 
 
-def test_second_signal_ends_the_process(make_folder):
+@pytest.mark.parametrize('patience', [0.0, 100.0])
+def test_second_signal_ends_the_process_unless_it_follows_at_once(make_folder, patience):
     folder = make_folder()
-    status = run(folder, 'iteration', ask=(4, 'train', signal.SIGTERM), death=(4, 'train', signal.SIGTERM))
-    assert status == -signal.SIGTERM and not (folder / 'stopped').exists()
+    twice = dict(ask=(4, 'train', signal.SIGTERM, patience), death=(4, 'train', signal.SIGTERM))
+    status = run(folder, 'iteration', **twice)
+    assert status == (128 + signal.SIGTERM if patience else -signal.SIGTERM)
+    assert (folder / 'stopped').exists() == bool(patience)
 
 
 # Two saves, each followed by a validation that finds a better model.

@@ -20,7 +20,9 @@ from mmengine.registry import VISBACKENDS
 from mmengine.runner import find_latest_checkpoint
 
 from repvit_mm.checkpoint import CheckpointError, read_checkpoint, trust
+from repvit_mm.compat.pytorch import multiplies_bfloat16
 from repvit_mm.hooks import NonFiniteError
+from repvit_mm.resume import Stopped
 
 
 def parse_args() -> argparse.Namespace:
@@ -62,15 +64,16 @@ def parse_args() -> argparse.Namespace:
 def apply_options(cfg: Config, args: argparse.Namespace) -> None:
     """Put the command line into the config; exits with one line where the two do not fit."""
     if args.amp:
-        if get_device() == 'cpu':
-            sys.exit('--amp needs an accelerator, and this machine has none: leave it out')
-        cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
+        use_mixed_precision(cfg)
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             sys.exit("--auto-scale-lr: the config has no auto_scale_lr.base_batch_size, the recipe's total batch size")
         cfg.auto_scale_lr.enable = True
-    if not args.keep_going:
-        cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='FiniteLossHook')]
+    hooks = ['StopOnSignalHook'] if args.keep_going else ['StopOnSignalHook', 'FiniteLossHook']
+    cfg.custom_hooks = [*cfg.get('custom_hooks', []), *(dict(type=hook) for hook in hooks)]
+    if cfg.train_cfg.get('type') == 'EpochBasedTrainLoop' or cfg.train_cfg.get('by_epoch'):
+        cfg.train_cfg.pop('by_epoch', None)
+        cfg.train_cfg.type = 'ResumableEpochBasedTrainLoop'
     if args.vis_backend:
         add_backends(cfg, args.vis_backend)
     if args.seed is not None:
@@ -84,6 +87,16 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         check_checkpoint(cfg.load_from, '--resume' if args.resume else 'load_from')
         if args.resume:
             check_resumable(cfg.load_from)
+
+
+def use_mixed_precision(cfg: Config) -> None:
+    """Train in float16 with loss scaling on an accelerator, in bfloat16 on a CPU that multiplies it."""
+    if get_device() != 'cpu':
+        cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
+    elif multiplies_bfloat16():
+        cfg.optim_wrapper.type = 'CpuAmpOptimWrapper'
+    else:
+        sys.exit('--amp needs an accelerator or a processor with AVX512-BF16 or AMX, and this machine has neither')
 
 
 def add_backends(cfg: Config, names: Sequence[str]) -> None:
@@ -124,6 +137,9 @@ def main() -> None:
         train(cfg, args.pretrained)
     except (CheckpointError, NonFiniteError) as error:
         sys.exit(str(error))
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.signum)
 
 
 def train(cfg: Config, pretrained: str | None) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     'gelu_',
     'has_hooks',
     'is_transforming',
+    'multiplies_bfloat16',
     'refused_global',
     'scan',
     'tensors_of',
@@ -91,6 +92,11 @@ def version(tensor: Tensor) -> int:
 def gelu_(x: Tensor) -> Tensor:
     """Exact GELU in place, which ``torch.nn.functional`` does not offer."""
     return torch.ops.aten.gelu_(x)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions that multiply bfloat16: AVX512-BF16 or AMX."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def conv_with_exact_bias(
