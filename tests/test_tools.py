@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
+from programs import TOOLS, launch, launch_anew, run
 
 from repvit_mm import RepViT
 from repvit_mm.checkpoint import read_checkpoint
@@ -23,7 +23,6 @@ from repvit_mm.datasets.shapes import write_shapes
 pytestmark = pytest.mark.needs_ops
 
 ROOT = Path(__file__).parents[1]
-TOOLS = ROOT / 'tools'
 DETECTION = ROOT / 'configs/det/mask_rcnn_repvit_m0_6_fpn_shapes.py'
 SEGMENTATION = ROOT / 'configs/seg/fpn_repvit_m0_6_shapes.py'
 COCO = ROOT / 'configs/det/mask_rcnn_repvit_m1_1_fpn_1x_coco.py'
@@ -49,22 +48,8 @@ def folder(tmp_path_factory):
     return path
 
 
-def run(folder, command, *arguments, **environment):
-    return subprocess.run(
-        [str(part) for part in (*command, *arguments)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '2', **environment},
-    )
-
-
-def launch(folder, tool, *arguments, **environment):
-    return run(folder, [sys.executable, TOOLS / tool], *arguments, **environment)
-
-
-def succeed(folder, tool, *arguments, **environment):
-    done = launch(folder, tool, *arguments, **environment)
+def succeed(folder, tool, *arguments, launch=launch):
+    done = launch(folder, tool, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -77,10 +62,11 @@ def scalars(work_dir):
 
 @pytest.fixture(scope='module')
 def trained(folder):
-    """Checkpoints of one short training run of each task."""
+    """Checkpoints of one short training run of each task, whose tool imports for itself what it needs."""
     checkpoints = {}
     for config, options in SHORT.items():
-        succeed(folder, 'train.py', config, '--seed', '1', '--work-dir', config.stem, '--cfg-options', *options)
+        arguments = [config, '--seed', 1, '--work-dir', config.stem, '--cfg-options', *options]
+        succeed(folder, 'train.py', *arguments, launch=launch_anew)
         checkpoints[config] = Path((folder / config.stem / 'last_checkpoint').read_text())
         assert checkpoints[config].is_file()
     return checkpoints
@@ -174,10 +160,10 @@ def test_tta_of_segmentor_and_box_detector(folder, trained):
 @pytest.mark.slow
 def test_distributed_launchers(folder):
     """Two processes over gloo; the distributed test predicts what the plain one does."""
-    path = {'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}', 'OMP_NUM_THREADS': '1'}
+    path = {'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
     train = run(
         folder,
-        [TOOLS / 'dist_train.sh'],
+        TOOLS / 'dist_train.sh',
         DETECTION, 2, '--work-dir', 'distributed', '--cfg-options', *SHORT[DETECTION],
         **path, PORT='29511',
     )  # fmt: skip
@@ -186,7 +172,7 @@ def test_distributed_launchers(folder):
     assert read_checkpoint(checkpoint)['meta']['iter'] == 1  # 8 images, 2 processes, 4 each
     test = run(
         folder,
-        [TOOLS / 'dist_test.sh'],
+        TOOLS / 'dist_test.sh',
         DETECTION, checkpoint, 2, '--fuse', '--work-dir', 'distributed_test', '--out', 'two.pkl',
         **path, PORT='29512',
     )  # fmt: skip
@@ -216,7 +202,7 @@ def test_slurm_launchers_call_srun(tmp_path, script, arguments, expected):
     fake.write_text('#!/bin/sh\necho "$@"\n')
     fake.chmod(0o755)
     path = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'GPUS': '16', 'SRUN_ARGS': '--time 10 --exclusive'}
-    done = run(tmp_path, [TOOLS / script], *arguments, **path)
+    done = run(tmp_path, TOOLS / script, *arguments, **path)
     assert done.returncode == 0
     assert '--partition=gpu --job-name=job --gres=gpu:8 --ntasks=16 --ntasks-per-node=8' in done.stdout
     assert f'--time 10 --exclusive python -u {TOOLS}/{expected}' in done.stdout
@@ -224,7 +210,7 @@ def test_slurm_launchers_call_srun(tmp_path, script, arguments, expected):
 
 @pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh'])
 def test_shell_launchers_say_what_they_take(tmp_path, script):
-    done = run(tmp_path, [TOOLS / script], 'only_one')
+    done = run(tmp_path, TOOLS / script, 'only_one')
     assert done.returncode == 2
     assert done.stderr.startswith('usage: ') and done.stderr.count('\n') == 1
 
@@ -423,6 +409,6 @@ def test_infinite_loss_stops_training_unless_told_otherwise(folder):
 
 
 def test_usage_errors_are_argparse_s(tmp_path):
-    done = launch(tmp_path, 'train.py')
+    done = launch_anew(tmp_path, 'train.py')
     assert done.returncode == 2
     assert 'usage: train.py' in done.stderr and 'Traceback' not in done.stderr

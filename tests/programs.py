@@ -1,0 +1,93 @@
+"""Programs of the project, run in processes of their own.
+
+Most of the time of a short run goes into importing the frameworks. A server that has imported them forks a process for
+each run; nothing that a run does reaches another one, or the tests.
+"""
+
+import gc
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import mmengine.config.config
+import torch
+from mmengine.runner import Runner
+
+TOOLS = Path(__file__).parents[1] / 'tools'
+
+PROCESSES = multiprocessing.get_context('forkserver')
+PROCESSES.set_forkserver_preload(
+    [
+        'matplotlib.figure',
+        'pytest',
+        'torch._dynamo',
+        'repvit_mm.deploy.load',
+        'repvit_mm.resume',
+        'mmdet.apis',
+        'mmdet.evaluation',
+        'mmseg.apis',
+        'mmseg.evaluation',
+    ]
+)
+
+
+def launch(folder: Path, tool: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """Run a tool in a folder as ``python tools/TOOL ARGUMENTS`` does, without its slow imports.
+
+    A negative status is the signal that ended it.
+    """
+    with tempfile.TemporaryDirectory() as streams:
+        process = PROCESSES.Process(
+            target=_run, args=(folder, tool, [*map(str, arguments)], {**os.environ, **environment}, Path(streams))
+        )
+        process.start()
+        process.join()
+        return subprocess.CompletedProcess(
+            [tool, *arguments], process.exitcode, *(Path(streams, name).read_text() for name in ('stdout', 'stderr'))
+        )
+
+
+def _run(folder: Path, tool: str, arguments: list[str], environment: Mapping[str, str], streams: Path) -> None:
+    """Become the tool, as Python would start it; multiprocessing turns what it raises into an exit status."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, name in ((1, 'stdout'), (2, 'stderr')):
+        with open(streams / name, 'wb') as file:
+            os.dup2(file.fileno(), number)
+    be_quick()
+    sys.path[:0] = [str(TOOLS), *filter(None, environment.get('PYTHONPATH', '').split(os.pathsep))]
+    sys.argv = [str(TOOLS / tool), *arguments]
+    runpy.run_path(sys.argv[0], run_name='__main__')
+
+
+def be_quick() -> None:
+    """Spare this process what is slow and says nothing of the run.
+
+    MMEngine lays out the config's text five times in a run, and asks compilers and drivers for their versions.
+    """
+    gc.freeze()  # what the server imported stays: the data sets collect garbage as they are built
+    torch.set_num_threads(1)
+    mmengine.config.config.FormatCode = lambda text, **_: (text, True)
+    Runner._log_env = lambda *_: None
+
+
+def launch_anew(folder: Path, tool: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """Run ``python tools/TOOL ARGUMENTS`` in a folder, with a Python that imports all anew."""
+    return run(folder, sys.executable, TOOLS / tool, *arguments, **environment)
+
+
+def run(folder: Path, *command: object, **environment: str) -> subprocess.CompletedProcess:
+    """Run a command in a folder."""
+    return subprocess.run(
+        [*map(str, command)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', **environment},
+    )
