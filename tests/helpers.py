@@ -4,7 +4,7 @@ import json
 import runpy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +142,11 @@ def family_of(cls: type[ReparamBackbone]) -> Family:
 HEADS = tuple(sorted({head for family in FAMILIES for head in family.heads}))
 
 
+@lru_cache(2)
+def _draw_all(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, Tensor]:
+    return {name: torch.as_tensor(reference_tensor(name, shape)) for name, shape in shapes}
+
+
 @dataclass(frozen=True)
 class Golden:
     """A network of others that one of ours must reproduce.
@@ -177,7 +182,8 @@ class Golden:
         return {name: tuple(shape) for name, shape in self.facts['keys'].items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: torch.as_tensor(reference_tensor(name, shape)) for name, shape in self.shapes.items()}
+        """Its weights, float64. Those who ask share the tensors, so none may be written into."""
+        return dict(_draw_all(tuple(self.shapes.items())))
 
     def maps(self, tap: str) -> list[Tensor]:
         with np.load(DATA / f'{self.name}.npz') as maps:

@@ -12,30 +12,37 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from helpers import GOLDENS, HEADS, TYPICAL, Golden, image, largest_error
+from helpers import ENDS, GOLDENS, HEADS, TYPICAL, Golden, image, largest_error
 from mmengine.logging import HistoryBuffer
+from programs import TOOLS, launch
 
 from repvit_mm import RepViT
 from repvit_mm.checkpoint import CheckpointError, read_checkpoint
 from repvit_mm.conversion import content_of, convert
 
-TOOLS = Path(__file__).parents[1] / 'tools'
 sys.path.append(str(TOOLS))
 main = importlib.import_module('convert_checkpoint').main
 
 SOURCES = {golden.name: golden for golden in GOLDENS}
 SMALLEST = SOURCES['repvit_m0_6']
 QUICK = [*TYPICAL, SOURCES['timm_repvit_m1']]
+# The variants of a family differ in depths and widths, and FastViT's in attention; "typical" ones have every block.
+EVERY_KIND = [*QUICK, *(golden for golden in ENDS if golden not in QUICK)]
 
 
 def origin(golden: Golden) -> str:
     return 'timm' if golden.timm else 'authors'
 
 
+def weights(golden: Golden) -> dict:
+    """A released classifier's tensors."""
+    return {name: tensor.float() for name, tensor in golden.state_dict().items()}
+
+
 def layout(golden: Golden) -> dict:
     """A released classifier as its owners lay it out."""
     container = None if golden.timm else golden.family.container
-    return golden.state_dict() if container is None else {container: golden.state_dict()}
+    return weights(golden) if container is None else {container: weights(golden)}
 
 
 def tensors_of(content: dict, golden: Golden, to: str) -> dict:
@@ -88,7 +95,7 @@ def ours(smallest) -> Path:
 @pytest.fixture(scope='module')
 def detector(smallest) -> Path:
     """A detector of the authors', wrapped for running in parallel, with what training leaves in a file."""
-    tensors = {f'module.backbone.{name}': tensor for name, tensor in without_heads(SMALLEST.state_dict()).items()}
+    tensors = {f'module.backbone.{name}': tensor for name, tensor in without_heads(weights(SMALLEST)).items()}
     tensors |= {'module.rpn_head.rpn_cls.weight': torch.ones(3, 4, 1, 1), 'module.neck.bias': torch.arange(5.0)}
     meta = {'CLASSES': ('cat', 'dog'), 'epoch': 12, 'config': 'model = dict()'}
     history = HistoryBuffer([1.0, 2.0], [1, 1])
@@ -97,16 +104,16 @@ def detector(smallest) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    'golden',
-    [pytest.param(golden, id=golden.name, marks=() if golden in QUICK else pytest.mark.slow) for golden in GOLDENS],
-)
 class TestEveryArch:
+    @pytest.mark.parametrize(
+        'golden',
+        [pytest.param(golden, id=golden.name, marks=() if golden in QUICK else pytest.mark.slow) for golden in GOLDENS],
+    )
     def test_names_change_and_nothing_else(self, tmp_path, capsys, golden):
         released = tmp_path / 'released.pth'
         torch.save(layout(golden), released)
         main([str(released), '--check'])
-        backbone = without_heads(golden.state_dict())
+        backbone = without_heads(weights(golden))
         whose = {'timm': "timm's", 'authors': "the authors'"}[origin(golden)]
         title = f'{golden.backbone.__name__} {golden.arch}'
         verdict = f'{title}, training form, {whose} names: {len(backbone)} backbone tensors, '
@@ -132,6 +139,13 @@ class TestEveryArch:
             if twin:  # the other owners' own list of names
                 assert {name: tuple(t.shape) for name, t in tensors.items()} == without_heads(twin.shapes)
 
+    @pytest.mark.parametrize(
+        'golden',
+        [
+            pytest.param(golden, id=golden.name, marks=() if golden in QUICK else pytest.mark.slow)
+            for golden in EVERY_KIND
+        ],
+    )
     def test_fused_names_go_there_and_back(self, tmp_path, capsys, golden):
         released, first = tmp_path / 'released.pth', tmp_path / 'ours.pth'
         torch.save(layout(golden), released)
@@ -201,7 +215,7 @@ def test_layout_of_each_convention(tmp_path, ours, detector):
 class TestHeads:
     def test_stay_as_long_as_the_names_do(self, tmp_path, smallest):
         main([str(smallest), str(tmp_path / 'a.pth'), '--to', 'authors'])
-        assert equal(read(tmp_path / 'a.pth')['model'], SMALLEST.state_dict())
+        assert equal(read(tmp_path / 'a.pth')['model'], weights(SMALLEST))
 
     @pytest.mark.parametrize('options', [['--to', 'timm'], ['--to', 'ours'], ['--to', 'authors', '--fuse']], ids=str)
     def test_are_set_aside_otherwise(self, tmp_path, capsys, smallest, options):
@@ -351,7 +365,7 @@ BAD = {
 def test_bad_file_is_refused(tmp_path, monkeypatch, case, options):
     monkeypatch.chdir(tmp_path)
     change, message = BAD[case]
-    torch.save(change(SMALLEST.state_dict()), 'in.pth')
+    torch.save(change(weights(SMALLEST)), 'in.pth')
     with pytest.raises(SystemExit, match=rf'^in\.pth .*{message}$'):
         main(['in.pth', *options])
     assert [path.name for path in tmp_path.iterdir()] == ['in.pth']
@@ -378,7 +392,7 @@ class Payload:
 
 def test_code_runs_only_if_it_is_trusted(tmp_path):
     file, target = tmp_path / 'in.pth', tmp_path / 'was_run'
-    torch.save({'model': SMALLEST.state_dict(), 'args': Payload(target)}, file)
+    torch.save({'model': weights(SMALLEST), 'args': Payload(target)}, file)
     with pytest.raises(SystemExit, match='--trust-checkpoint'):
         main([str(file), '--check'])
     assert not target.exists()
@@ -403,11 +417,11 @@ def test_as_a_program(tmp_path, smallest):
     done = run(smallest, tmp_path / 'a.pth', '--to', 'timm', '--fuse')
     assert done.returncode == 0 and 'Warning' not in done.stderr
     assert done.stdout.splitlines()[0].startswith(f'{smallest}: RepViT m0_6, training form')
-    done = run(tmp_path / 'a.pth', '--check')
+    done = launch(tmp_path, 'convert_checkpoint.py', tmp_path / 'a.pth', '--check')
     assert done.returncode == 0 and "fused form, timm's names" in done.stdout
-    done = run(tmp_path / 'b.pth', '--check')
+    done = launch(tmp_path, 'convert_checkpoint.py', tmp_path / 'b.pth', '--check')
     assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'the nearest is' in done.stderr
-    done = run(tmp_path / 'a.pth')
+    done = launch(tmp_path, 'convert_checkpoint.py', tmp_path / 'a.pth')
     assert done.returncode == 2 and 'OUT is missing' in done.stderr
 
 

@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,11 +11,11 @@ import torch
 import yaml
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from programs import TOOLS, launch
 
 from repvit_mm.datasets.shapes import write_shapes
 
 ROOT = Path(__file__).parents[1]
-TOOLS = ROOT / 'tools'
 CONFIGS = {
     'detector': ROOT / 'configs/det/mask_rcnn_repvit_m0_6_fpn_shapes.py',
     'segmentor': ROOT / 'configs/seg/fpn_repvit_m0_6_shapes.py',
@@ -183,66 +182,39 @@ def save_random(name: str, path: Path) -> None:
     torch.save({'state_dict': model.state_dict(), 'meta': {}}, path)
 
 
-def launch(folder: Path, tool: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
-    return subprocess.run(
-        command,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '2', 'COLUMNS': '200'},
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.needs_ops
 def test_from_end_to_end(tmp_path):
-    """Real models, configs and data; published is what tools/test.py measures without fusing."""
-    write_shapes(tmp_path / 'data/shapes', train=1, val=2, size=96, seed=0)
-    published = {}
+    """Real models, configs and data; published is what tools/test.py measures without fusing, but for one figure."""
+    write_shapes(tmp_path / 'data/shapes', train=1, val=2, size=64, seed=0)
+    measured = {}
     for name, config in CONFIGS.items():
         save_random(name, tmp_path / f'{name}.pth')
         done = launch(tmp_path, 'test.py', config, f'{name}.pth', '--work-dir', f'plain/{name}')
         assert done.returncode == 0, done.stderr[-3000:]
         (scalars,) = (tmp_path / 'plain' / name).glob('*/*.json')
-        measured = json.loads(scalars.read_text())
-        published[name] = (
-            {'box AP': 100 * measured['coco/bbox_mAP'], 'mask AP': 100 * measured['coco/segm_mAP']}
-            if name == 'detector'
-            else {'mIoU': measured['mIoU']}
-        )
-    assert published['segmentor']['mIoU'] > 0
+        measured[name] = json.loads(scalars.read_text())
+    box_ap, mask_ap = (100 * measured['detector'][f'coco/{kind}_mAP'] for kind in ('bbox', 'segm'))
+    mean_iou = measured['segmentor']['mIoU']
+    assert mean_iou > 0
 
-    def run(figures: dict, *arguments: str) -> subprocess.CompletedProcess:
-        index = write_index(tmp_path, figures, CONFIGS)
-        done = launch(tmp_path, 'reproduce.py', '--index', index, '--folder', '.', *arguments)
-        assert 'Traceback' not in done.stdout + done.stderr
-        return done
-
-    done = run(published)
-    assert done.returncode == 0, done.stderr[-3000:]
+    figures = {
+        'detector': {'box AP': box_ap, 'mask AP': mask_ap + 1},
+        'absent': {'box AP': 30.0},
+        'segmentor': {'mIoU': mean_iou},
+    }
+    index = write_index(tmp_path, figures, {**CONFIGS, 'absent': CONFIGS['detector']})
+    done = launch(tmp_path, 'reproduce.py', '--index', index, '--folder', '.', COLUMNS='200')
+    assert done.returncode == 1 and 'Traceback' not in done.stdout + done.stderr
     rows = [row(line) for line in done.stdout.splitlines() if line.startswith('│')]
-    assert [(*cells[:2], cells[-1]) for cells in rows] == [
-        ('detector', 'box AP', 'yes'),
-        ('detector', 'mask AP', 'yes'),
-        ('segmentor', 'mIoU', 'yes'),
+    assert [(*cells[:2], *cells[4:]) for cells in rows] == [
+        ('detector', 'box AP', '+0.00', 'yes'),
+        ('detector', 'mask AP', '-1.00', 'no'),
+        ('absent', 'box AP', '-', 'no'),
+        ('segmentor', 'mIoU', '+0.00', 'yes'),
     ]
+    # The tests of the two are programs of their own, whose output is shown.
     assert done.stdout.count('FuseOnDeployHook: fused 56 blocks') == 2
-
-    (tmp_path / 'detector.pth').unlink()
-    figure = published['segmentor']['mIoU'] + 1
-    done = run({**published, 'segmentor': {'mIoU': figure}})
-    assert done.returncode == 1
-    assert [row(line)[-2:] for line in done.stdout.splitlines() if line.startswith('│')] == [
-        ['-', 'no'],
-        ['-', 'no'],
-        ['-1.00', 'no'],
-    ]
-    missing, differing = done.stderr.splitlines()[-2:]
-    assert missing.startswith('detector: checkpoint detector.pth not found')
-    assert differing == f'segmentor: mIoU is {figure - 1:.2f}, published {figure:.1f}'
-
-    (tmp_path / 'data').rename(tmp_path / 'elsewhere')
-    done = run(published, 'segmentor')
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith('segmentor: data not found: data/shapes/ade')
+    differing, missing = done.stderr.splitlines()[-2:]
+    assert differing == f'detector: mask AP is {mask_ap:.2f}, published {mask_ap + 1:.1f}'
+    assert missing.startswith('absent: checkpoint absent.pth not found')

@@ -2,13 +2,11 @@
 
 import itertools
 import logging
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,17 +25,14 @@ from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from mmengine.runner.loops import _InfiniteDataloaderIterator
-from test_tools import DETECTION, SEGMENTATION, TOOLS
+from programs import PROCESSES, be_quick, launch
+from test_tools import DETECTION, SEGMENTATION
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from repvit_mm.checkpoint import read_checkpoint
 from repvit_mm.datasets.shapes import write_shapes
 from repvit_mm.resume import UNFINISHED, ResumableCheckpointHook, Stopped, fast_forward, random_state
-
-# Each run is a process of its own, forked from one that has made the slow imports.
-PROCESSES = multiprocessing.get_context('forkserver')
-PROCESSES.set_forkserver_preload(['matplotlib.figure', 'torch._dynamo', 'pytest', 'repvit_mm.resume'])
 
 KILLED = -signal.SIGKILL
 LAST = {'epoch': 'epoch_4.pth', 'iteration': 'iter_12.pth'}
@@ -184,14 +179,13 @@ def train(
         port: Port at which the two meet.
     """
     os.chdir(folder)
-    torch.set_num_threads(1)
+    be_quick()
     if rank is not None:
         environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
         os.environ.update({name: str(value) for name, value in environment.items()})
         torch.distributed.init_process_group('gloo')  # MMEngine would insist on CUDA
     for method in without:
         setattr(ResumableCheckpointHook, method, lambda *_: None)
-    Runner._log_env = lambda *_: None  # asks compilers and drivers for their versions
     if watch:
         watch_files(fatal_step)
     by_epoch = loop == 'epoch'
@@ -672,8 +666,8 @@ REAL = {
 @pytest.mark.needs_ops
 @pytest.mark.parametrize('config', REAL, ids=lambda path: path.stem)
 def test_killed_training_of_a_real_model(tmp_path, config):
-    """Six iterations of tools/train.py, killed before the last one."""
-    write_shapes(tmp_path / 'data/shapes', train=8, val=2, size=96, seed=0)
+    """Six iterations of tools/train.py, killed before the last one; the segmentor has a twin whose states are lost."""
+    write_shapes(tmp_path / 'data/shapes', train=8, val=1, size=64, seed=0)
     (tmp_path / 'killer.py').write_text(KILLER)
     lines = [
         f"_base_ = '{config}'",
@@ -687,24 +681,24 @@ def test_killed_training_of_a_real_model(tmp_path, config):
     ]
     (tmp_path / 'config.py').write_text('\n'.join(lines))
 
-    def launch(folder: str, *arguments: str, **environment: str) -> int:
-        command = [sys.executable, TOOLS / 'train.py', 'config.py', '--seed', '1', '--work-dir', folder, *arguments]
+    def train(folder: str, *arguments: str, **environment: str) -> int:
         path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get('PYTHONPATH'))))
-        environment = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', **environment}
-        return subprocess.run(command, cwd=tmp_path, env=environment).returncode
+        arguments = ('config.py', '--seed', '1', '--work-dir', folder, *arguments)
+        return launch(tmp_path, 'train.py', *arguments, PYTHONPATH=path, **environment).returncode
 
     def result(folder: str) -> dict:
         return lasting(read_checkpoint((tmp_path / folder / 'last_checkpoint').read_text()))
 
-    assert launch('never_stopped') == 0
-    assert launch('killed', DIE_AT='5') == KILLED
+    assert train('never_stopped') == 0
+    assert train('killed', DIE_AT='5') == KILLED
     assert result('killed')['position'] == ([2, 4] if config is DETECTION else [0, 4])
-    shutil.copytree(tmp_path / 'killed', tmp_path / 'twin')
-    pointer = tmp_path / 'twin/last_checkpoint'
-    pointer.write_text(pointer.read_text().replace('/killed/', '/twin/'))
-    assert launch('killed', '--resume') == 0
+    if config is SEGMENTATION:
+        shutil.copytree(tmp_path / 'killed', tmp_path / 'twin')
+        pointer = tmp_path / 'twin/last_checkpoint'
+        pointer.write_text(pointer.read_text().replace('/killed/', '/twin/'))
+    assert train('killed', '--resume') == 0
     assert result('killed')['position'][1] == 6
     assert not differences(result('killed'), result('never_stopped'))
-
-    assert launch('twin', '--resume', FORGETFUL='1') == 0
-    assert any(name.startswith('.state_dict') for name in differences(result('twin'), result('never_stopped')))
+    if config is SEGMENTATION:
+        assert train('twin', '--resume', FORGETFUL='1') == 0
+        assert any(name.startswith('.state_dict') for name in differences(result('twin'), result('never_stopped')))
