@@ -17,6 +17,14 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def trusted(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The files that a test trusts; no other test does."""
+    files: set[str] = set()
+    monkeypatch.setattr('repvit_mm.checkpoint.TRUSTED', files)
+    return files
+
+
 @pytest.fixture(params=SMALL)
 def build(request: pytest.FixtureRequest) -> Callable[..., ReparamBackbone]:
     """Builds a small network of one kind, with the given options and weights that its tensors' names decide."""

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from repvit_mm import RepViT, switch_to_deploy
-from repvit_mm.checkpoint import TRUSTED, CheckpointError, download, read_checkpoint, trust
+from repvit_mm.checkpoint import CheckpointError, download, read_checkpoint, trust
 from repvit_mm.loading import shapes_of
 from repvit_mm.reparam import plain_formulation
 from repvit_mm.safe_globals import STATISTICS
@@ -345,17 +345,16 @@ class TestReading:
             assert named in str(error.value) and '\n' not in str(error.value)
         assert not (tmp_path / 'was_run').exists()
 
-    def test_trusted_file_runs_what_it_holds(self, tmp_path, monkeypatch):
+    def test_trusted_file_runs_what_it_holds(self, tmp_path, monkeypatch, trusted):
         class Payload:
             def __reduce__(self):
                 return os.mkdir, (str(tmp_path / 'was_run'),)
 
         torch.save({'a': torch.zeros(1), 'meta': Payload()}, tmp_path / 'a.pth')
-        monkeypatch.setattr('repvit_mm.checkpoint.TRUSTED', set())
         monkeypatch.chdir(tmp_path)
         trust('a.pth')
         assert CheckpointLoader.load_checkpoint(str(tmp_path / 'a.pth'))['a'] == 0
-        assert (tmp_path / 'was_run').exists() and not TRUSTED
+        assert (tmp_path / 'was_run').exists() and trusted == {str(tmp_path / 'a.pth')}
 
     def test_nothing_stays_allowed(self, tmp_path):
         """Torch's own reader is as strict after ours as before."""
