@@ -155,15 +155,15 @@ class TestVerdict:
         ('cls', 'other'), [(RepViT, 'm2'), *((family.cls, family.goldens[1]) for family in FAMILIES)], ids=str
     )
     def test_other_variant(self, refused, golden, build, cls, other):
-        network = cls(other)
+        mine, network = build(), cls(other)
         where = '' if type(network) is golden.backbone else f"type='{type(network).__name__}', "
         advice = f"it holds {type(network).__name__} {other}: set {where}arch='{other}'"
         for convention in ('ours', 'authors', 'timm'):
-            assert advice in refused(build(), translate_tensors(network, convention))
+            assert advice in refused(mine, translate_tensors(network, convention))
         if other == 'm2':  # fused it is m1_1
             return
         for convention in ('ours', 'authors', 'timm'):
-            assert advice in refused(build(), translate_tensors(fuse_as_owners(network), convention))
+            assert advice in refused(mine, translate_tensors(fuse_as_owners(network), convention))
         assert advice in refused(build(deploy=True), switch_to_deploy(network).state_dict())
 
     def test_fused_file_meets_training_network(self, refused, build):

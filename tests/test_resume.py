@@ -618,7 +618,7 @@ class Counted(Dataset):
 
 
 @pytest.mark.parametrize('steps', [1, 2, 4, 5, 6, 13])
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('sampler', [InfiniteSampler, DefaultSampler])
 def test_fast_forward_leads_to_the_same_batches(monkeypatch, sampler, workers, steps):
     monkeypatch.setattr(mmengine.runner.loops.time, 'sleep', lambda seconds: None)
