@@ -1,7 +1,9 @@
-"""Learning rates that fall from stage to stage, in MMEngine's own optimizer."""
+"""Learning rates that fall from stage to stage, and mixed precision on a CPU, in MMEngine's own optimizer."""
 
 import pytest
 import torch
+from helpers import relative_error
+from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from torch import nn
 
@@ -94,3 +96,39 @@ def test_a_scheduler_moves_all_rates_alike():
     torch.optim.lr_scheduler.LambdaLR(wrapper.optimizer, lambda _: 0.1)
     after = settings(model, wrapper)
     assert all(after[name][0] == pytest.approx(0.1 * before[name][0]) for name in before)
+
+
+class Detector(BaseModel):
+    """One whose head takes no bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = RepViT('m0_6', norm_eval=True)
+        self.seen: list[torch.dtype] = []
+        self.backbone.stem.register_forward_hook(lambda module, args, maps: self.seen.append(maps.dtype))
+
+    def extract_feat(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.backbone(images)
+
+    def forward(self, inputs: torch.Tensor, mode: str) -> dict[str, torch.Tensor]:
+        maps = self.extract_feat(inputs)
+        assert not torch.is_autocast_enabled('cpu')
+        assert all(one.dtype is torch.float32 for one in maps)
+        return {'loss': sum(one.square().mean() for one in maps)}
+
+
+def test_mixed_precision_on_a_cpu():
+    torch.manual_seed(0)
+    inputs = torch.randn(1, 3, 64, 64)
+    gradients, seen = {}, {}
+    for kind in ('OptimWrapper', 'CpuAmpOptimWrapper'):
+        torch.manual_seed(1)
+        model = Detector().train()
+        wrapper = build_optim_wrapper(model, dict(type=kind, optimizer=dict(type='SGD', lr=1.0)))
+        extract, before = model.extract_feat, nn.utils.parameters_to_vector(model.parameters()).detach()
+        losses = model.train_step(dict(inputs=inputs), wrapper)
+        assert losses['loss'].isfinite() and model.extract_feat == extract
+        gradients[kind] = before - nn.utils.parameters_to_vector(model.parameters()).detach()
+        seen[kind] = model.seen
+    assert seen == {'OptimWrapper': [torch.float32], 'CpuAmpOptimWrapper': [torch.bfloat16]}
+    assert 1e-4 < relative_error(gradients['CpuAmpOptimWrapper'], gradients['OptimWrapper']) < 0.1
