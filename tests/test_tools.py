@@ -1,5 +1,6 @@
 """The launchers as a user runs them: right use, and each wrong use with its one line and its exit status."""
 
+import importlib
 import json
 import os
 import pickle
@@ -295,7 +296,6 @@ WRONG = {
     'TTA of masks': (['test.py', DETECTION, 'exists.pth', '--tta'], ['--tta', 'masks']),
     'out of a detector': (['test.py', DETECTION, 'exists.pth', '--out', 'folder'], ['--out folder', '.pkl']),
     'out of a segmentor': (['test.py', SEGMENTATION, 'exists.pth', '--out', 'x.pkl'], ['--out x.pkl', 'folder']),
-    'amp without a GPU': (['train.py', DETECTION, '--amp'], ['--amp needs an accelerator']),
     'unknown arch': (
         ['train.py', DETECTION, '--cfg-options', 'model.backbone.arch=m1_2'],
         ["arch='m1_2'", "nearest is 'm1_", 'log_level=DEBUG'],
@@ -406,6 +406,21 @@ def test_infinite_loss_stops_training_unless_told_otherwise(folder):
     assert re.match(r'iteration 2: decode\.loss_ce is (nan|inf), on data/shapes/.*\.jpg; no checkpoint', last_line)
     done = launch(folder, 'train.py', '--work-dir', 'infinite', '--keep-going', *arguments)
     assert done.returncode == 0 and (folder / 'infinite/iter_3.pth').is_file()
+
+
+@pytest.mark.parametrize('multiplies', [False, True])
+def test_mixed_precision_on_a_processor(monkeypatch, multiplies):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    train = importlib.import_module('train')
+    monkeypatch.setattr(train, 'get_device', lambda: 'cpu')
+    monkeypatch.setattr(train, 'multiplies_bfloat16', lambda: multiplies)
+    cfg = Config.fromfile(DETECTION)
+    if multiplies:
+        train.use_mixed_precision(cfg)
+        assert cfg.optim_wrapper.type == 'CpuAmpOptimWrapper'
+    else:
+        with pytest.raises(SystemExit, match='^--amp needs an accelerator or a processor with AVX512-BF16 or AMX'):
+            train.use_mixed_precision(cfg)
 
 
 def test_usage_errors_are_argparse_s(tmp_path):
