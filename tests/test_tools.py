@@ -419,7 +419,7 @@ def test_mixed_precision_on_a_processor(monkeypatch, multiplies):
         train.use_mixed_precision(cfg)
         assert cfg.optim_wrapper.type == 'CpuAmpOptimWrapper'
     else:
-        with pytest.raises(SystemExit, match='^--amp needs an accelerator or a processor with AVX512-BF16 or AMX'):
+        with pytest.raises(SystemExit, match=r'^--amp needs an accelerator or a processor with AVX512-BF16 or AMX'):
             train.use_mixed_precision(cfg)
 
 
