@@ -40,10 +40,13 @@ LAST = {'epoch': 'epoch_4.pth', 'iteration': 'iter_12.pth'}
 
 
 class Noisy(Dataset):
-    """Six samples whose augmentation draws from each generator."""
+    """Six samples, or as many as asked for, whose augmentation draws from each generator."""
+
+    def __init__(self, length: int = 6) -> None:
+        self.length = length
 
     def __len__(self) -> int:
-        return 6
+        return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         noise = random.gauss(0, 1) + np.random.randn() + torch.randn(4)
@@ -78,7 +81,7 @@ def die(signum: int = signal.SIGKILL) -> None:
 class Death(Hook):
     """Kills its process at some iteration, ``'train'`` before it and ``'val'`` in a validation that precedes it.
 
-    Writes down where the run has begun.
+    Writes down where the run has begun, and the epoch and number of each sample that it gets.
     """
 
     def __init__(self, iteration: int | None = None, stage: str = 'train', signum: int = signal.SIGKILL) -> None:
@@ -90,9 +93,11 @@ class Death(Hook):
         with open('starts', 'a') as file:
             file.write(f'{runner.iter}\n')
 
-    def before_train_iter(self, runner: Runner, *args, **kwargs) -> None:
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict) -> None:
         if (self.stage, self.iteration) == ('train', runner.iter):
             die(self.signum)
+        with open('samples', 'a') as file:
+            file.writelines(f'{runner.epoch} {label:.0f}\n' for label in data_batch['label'])
 
     def before_val_iter(self, runner: Runner, *args, **kwargs) -> None:
         if (self.stage, self.iteration) == ('val', runner.iter):
@@ -159,6 +164,7 @@ def train(
     without: Sequence[str] = (),
     hook: Sequence[tuple[str, Any]] = (),
     train_cfg: Sequence[tuple[str, Any]] = (),
+    length: int = 6,
     rank: int | None = None,
     port: int | None = None,
 ) -> None:
@@ -169,12 +175,13 @@ def train(
         loop: A key of ``LAST``.
         resume: Go on from the latest checkpoint.
         death: Arguments of the hook that kills the process.
-        ask: Arguments of the hook that asks it to stop, which it then does in good order.
+        ask: Arguments of the hook that asks it to stop, which it then does in good order. Of two it is the second.
         watch: Note the steps of writing files.
         fatal_step: The number of the step before which the process dies.
         without: Methods of the checkpoint hook to switch off.
         hook: Changes to the options of the checkpoint hook.
         train_cfg: Changes to the options of the training loop.
+        length: How many samples there are.
         rank: Rank of this process out of two.
         port: Port at which the two meet.
     """
@@ -190,7 +197,10 @@ def train(
         watch_files(fatal_step)
     by_epoch = loop == 'epoch'
     loader = dict(
-        batch_size=2 if rank is None else 3, num_workers=0, dataset=Noisy(), collate_fn=dict(type='default_collate')
+        batch_size=3 if rank is not None and length == 6 else 2,
+        num_workers=0,
+        dataset=Noisy(length),
+        collate_fn=dict(type='default_collate'),
     )
     checkpoint = dict(by_epoch=by_epoch, interval=1 if by_epoch else 3, max_keep_ckpts=1, save_best='acc')
     if by_epoch:
@@ -201,11 +211,12 @@ def train(
         schedule = dict(type='PolyLR', end=12, by_epoch=False)
     hooks = [dict(type='EMAHook', momentum=0.2), Death(*death)]
     if ask:
-        hooks += [Ask(*ask[:3]), dict(type='StopOnSignalHook', patience=ask[3] if len(ask) > 3 else 2.0)]
+        hooks += [Ask(*ask[:3])] if rank != 0 else []
+        hooks.append(dict(type='StopOnSignalHook', patience=ask[3] if len(ask) > 3 else 2.0))
     runner = Runner(
         Net(),
         work_dir='work',
-        train_dataloader=dict(loader, sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler')),
+        train_dataloader=dict(loader, sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', seed=1)),
         train_cfg={**cfg, **dict(train_cfg)},
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.05)),
         param_scheduler=[dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=5), schedule],
@@ -234,11 +245,15 @@ def run(*args, **options) -> int:
     return process.exitcode
 
 
-def run_two(*args, **options) -> list[int]:
-    """Exit statuses of two processes that train together."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def run_two(*args, **options) -> list[int]:
+    """Exit statuses of two processes that train together."""
+    port = free_port()
     arguments = [dict(options, rank=rank, port=port) for rank in (0, 1)]
     processes = [PROCESSES.Process(target=train, args=args, kwargs=own) for own in arguments]
     for process in processes:
@@ -561,6 +576,67 @@ def test_each_process_gets_its_own_random_state_back(make_folder):
 
     assert run(folder, 'epoch', resume=True, train_cfg=[('max_epochs', 5)]) == 0
     assert 'The checkpoint holds the random states of 2 processes, this run has 1' in logged(folder)
+
+
+def samples(folder: Path, epoch: int) -> list[int]:
+    """The numbers of the samples that the runs in a folder have trained on in an epoch, in ascending order."""
+    lines = [line.split() for line in (folder / 'samples').read_text().splitlines()]
+    return sorted(int(number) for of, number in lines if int(of) == epoch)
+
+
+def done_well(status: int | list[int]) -> bool:
+    return status in (0, [0, 0])
+
+
+@pytest.mark.parametrize(('first', 'second'), [(run, run_two), (run_two, run)], ids=['one, then two', 'two, then one'])
+class TestAnotherNumberOfProcesses:
+    """Twelve samples, two in a batch: one process has six iterations in an epoch, two have three."""
+
+    def check_warning(self, folder: Path, first: Callable) -> None:
+        before, after = (1, 2) if first is run else (2, 1)
+        assert f'holds the random states of {before} processes, this run has {after}' in logged(folder)
+
+    def test_from_the_end_of_an_epoch(self, make_folder, first, second):
+        """The longer or shorter epochs of before must not be taken for one that has begun."""
+        folder, options = make_folder(), dict(length=12)
+        assert done_well(first(folder, 'epoch', train_cfg=[*WITHIN_EPOCHS, ('max_epochs', 2)], **options))
+        assert done_well(second(folder, 'epoch', train_cfg=WITHIN_EPOCHS, resume=True, **options))
+        assert starts(folder)[-1] == (12 if first is run else 6)
+        position = read_checkpoint(latest(folder))['meta']
+        assert (position['epoch'], position['iter']) == (4, 18)
+        assert all(samples(folder, epoch) == list(range(12)) for epoch in range(4))
+        self.check_warning(folder, first)
+
+    def test_within_an_epoch(self, make_folder, first, second):
+        """What is left of it are the samples that were not trained on."""
+        folder, options = make_folder(), dict(length=12, train_cfg=WITHIN_EPOCHS)
+        iteration, epoch = (9, 1) if first is run else (10, 3)
+        first(folder, 'epoch', ask=(iteration, 'train', signal.SIGTERM), **options)
+        assert len(samples(folder, epoch)) == 8
+        assert done_well(second(folder, 'epoch', resume=True, **options))
+        assert all(samples(folder, epoch) == list(range(12)) for epoch in range(4))
+        self.check_warning(folder, first)
+
+    def test_by_iterations(self, make_folder, first, second):
+        folder = make_folder()
+        assert done_well(first(folder, 'iteration', train_cfg=[('max_iters', 6)]))
+        assert done_well(second(folder, 'iteration', resume=True))
+        assert starts(folder)[-1] == 6 and latest(folder).name == 'iter_12.pth'
+        self.check_warning(folder, first)
+
+
+@pytest.mark.parametrize('loop', LAST)
+def test_one_of_two_processes_is_asked_to_stop(make_folder, loop):
+    """Both stop, with one checkpoint, at the next iteration at which they compare notes."""
+    folder = make_folder()
+    options = dict(ask=(4, 'train', signal.SIGTERM), hook=[('interval', 100), ('save_best', None)])
+    if loop == 'epoch':
+        options |= dict(length=12, train_cfg=[*WITHIN_EPOCHS, ('val_interval', 100)])
+    else:
+        options |= dict(train_cfg=[('val_interval', 100)])
+    assert run_two(folder, loop, **options) == [128 + signal.SIGTERM] * 2
+    assert files(folder) == {'stopped_iter_11.pth', 'last_checkpoint'}
+    assert (folder / 'stopped').read_text().startswith('SIGTERM: stopped after iteration 11; ')
 
 
 @register_backend('elsewhere')

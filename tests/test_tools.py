@@ -209,6 +209,27 @@ def test_slurm_launchers_call_srun(tmp_path, script, arguments, expected):
     assert f'--time 10 --exclusive python -u {TOOLS}/{expected}' in done.stdout
 
 
+@pytest.mark.parametrize(
+    ('script', 'arguments', 'expected'),
+    [
+        ('dist_train.sh', ['c.py', '4', '--amp'], 'train.py c.py --launcher pytorch --amp'),
+        ('dist_test.sh', ['c.py', 'c.pth', '4', '--fuse'], 'test.py c.py c.pth --launcher pytorch --fuse'),
+    ],
+)
+def test_distributed_launchers_call_torchrun(tmp_path, script, arguments, expected):
+    fake = tmp_path / 'torchrun'
+    fake.write_text('#!/bin/sh\necho "$@"\n')
+    fake.chmod(0o755)
+    path = {'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
+    machines = dict(NNODES='8', NODE_RANK='3', MASTER_ADDR='10.0.0.1', PORT='29600')
+    for environment, options in (
+        ({}, '--nnodes=1 --node_rank=0 --master_addr=127.0.0.1 --master_port=29500'),
+        (machines, '--nnodes=8 --node_rank=3 --master_addr=10.0.0.1 --master_port=29600'),
+    ):
+        done = run(tmp_path, [TOOLS / script], *arguments, **path, **environment)
+        assert done.stdout == f'{options} --nproc_per_node=4 {TOOLS}/{expected}\n'
+
+
 @pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh'])
 def test_shell_launchers_say_what_they_take(tmp_path, script):
     done = run(tmp_path, TOOLS / script, 'only_one')

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from mmengine.runner import Runner  # noqa: E402
 
 try:
     from repvit_mm.checkpoint import CheckpointError, check_file, download
+    from repvit_mm.compat.pytorch import lost_process
     from repvit_mm.data_check import DataError, check_config, check_readable
     from repvit_mm.data_check.paths import is_there, wanted_paths
     from repvit_mm.deploy.metadata import TASKS
@@ -163,8 +166,12 @@ def build_runner(cfg: Config, *loops: str) -> Runner:
     """
     if cfg.get('launcher') == 'pytorch' and get_device() == 'cpu':
         # MMEngine wants a GPU for each process; it takes a group that is there already as it is.
-        torch.distributed.init_process_group('gloo')
-        cfg.setdefault('model_wrapper_cfg', dict(type='MMDistributedDataParallel', device_ids=None))
+        timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
+        torch.distributed.init_process_group('gloo', timeout=timeout and timedelta(seconds=timeout))
+        wrapper = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
+        cfg.setdefault(
+            'model_wrapper_cfg', dict(wrapper, find_unused_parameters=cfg.get('find_unused_parameters', False))
+        )
     try:
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         for loop in loops:
@@ -174,6 +181,17 @@ def build_runner(cfg: Config, *loops: str) -> Runner:
         if logging.getLevelName(cfg.get('log_level', 'INFO')) == logging.DEBUG:
             traceback.print_exc()
         sys.exit(f'the config cannot be built: {one_line(error)} (--cfg-options log_level=DEBUG shows where)')
+
+
+@contextmanager
+def lost_processes_told(advice: str) -> Iterator[None]:
+    """Exit with one line, which ends with the advice, if another process of the job has ended or does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        sys.exit(f'another process of this job has ended or does not answer; {advice} ({one_line(error, 200)})')
 
 
 def check_data(cfg: Config, *splits: str) -> None:

@@ -14,6 +14,7 @@ from _launch import (
     check_data,
     check_test_annotations,
     load_config,
+    lost_processes_told,
 )
 from mmengine.config import Config, ConfigDict
 
@@ -184,8 +185,9 @@ def main() -> None:
     check_data(cfg, 'test')
     check_test_annotations(cfg)
     runner = build_runner(cfg, 'test_loop')
+    order = ties_in_order() if args.ties_in_order else nullcontext()
     try:
-        with ties_in_order() if args.ties_in_order else nullcontext():
+        with order, lost_processes_told('test again'):
             runner.test()
     except (CheckpointError, FusionError, RuntimeFileError) as error:
         sys.exit(str(error))

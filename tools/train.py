@@ -12,6 +12,7 @@ from _launch import (
     check_checkpoint,
     check_data,
     load_config,
+    lost_processes_told,
     prepare_pretrained,
 )
 from mmengine.config import Config
@@ -134,7 +135,8 @@ def main() -> None:
         check_data(cfg, 'train', 'val')
         if not args.skip_data_check:
             check_annotations(cfg, args.config, 'train', 'val')
-        train(cfg, args.pretrained)
+        with lost_processes_told('--resume goes on from the latest checkpoint'):
+            train(cfg, args.pretrained)
     except (CheckpointError, NonFiniteError) as error:
         sys.exit(str(error))
     except Stopped as stopped:

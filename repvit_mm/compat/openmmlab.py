@@ -147,8 +147,11 @@ class SkippingEpochBasedTrainLoop(EpochBasedTrainLoop):
 
     def run_epoch(self) -> None:
         """Run an epoch, or what is left of it."""
-        done = self.iter - self.epoch * len(self.dataloader)
-        if done <= 0:
+        length = len(self.dataloader)
+        done = self.trained_batches(length)
+        # A checkpoint holds the message hub. Lengths change with the number of processes and the batch size.
+        self.runner.message_hub.update_info('epoch_begun', [self.epoch, self.iter - done, length])
+        if not done:
             return super().run_epoch()
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
@@ -158,6 +161,11 @@ class SkippingEpochBasedTrainLoop(EpochBasedTrainLoop):
             self.run_iter(index, batch)
         self.runner.call_hook('after_train_epoch')
         self._epoch += 1
+
+    def trained_batches(self, length: int) -> int:
+        """How many batches of the coming epoch, which has ``length``, a run has trained on before it was resumed."""
+        epoch, begun, former_length = self.runner.message_hub.runtime_info.get('epoch_begun', [None, 0, 1])
+        return (self.iter - begun) * length // former_length if epoch == self.epoch else 0
 
 
 class SkippingIterBasedTrainLoop(IterBasedTrainLoop):

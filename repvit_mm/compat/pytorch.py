@@ -30,6 +30,7 @@ __all__ = [
     'gelu_',
     'has_hooks',
     'is_transforming',
+    'lost_process',
     'multiplies_bfloat16',
     'refused_global',
     'scan',
@@ -51,6 +52,16 @@ def has_hooks(module: nn.Module) -> bool:
         or modules._global_forward_pre_hooks
         or modules._global_backward_hooks
         or modules._global_backward_pre_hooks
+    )
+
+
+def lost_process(error: Exception) -> bool:
+    """Whether an exception says that another process of the job has ended or does not answer.
+
+    Gloo raises a plain ``RuntimeError`` that begins with the place in its own source.
+    """
+    return isinstance(error, torch.distributed.DistBackendError) or (
+        isinstance(error, RuntimeError) and '/gloo/' in str(error)
     )
 
 
