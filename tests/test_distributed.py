@@ -27,7 +27,7 @@ pytestmark = pytest.mark.needs_ops
 UPDATES = 10
 BACKBONE = dict(_delete_=True, type='RepViT', arch='m0_6', norm_eval=True)
 SETTINGS = dict(
-    train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=UPDATES, val_interval=10 * UPDATES),
+    train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=UPDATES),
     train_dataloader=dict(batch_size=1, num_workers=0, sampler=dict(type='InfiniteSampler')),
     test_dataloader=dict(batch_size=1, num_workers=0),
     optim_wrapper=dict(
@@ -35,7 +35,7 @@ SETTINGS = dict(
     ),
     default_hooks=dict(checkpoint=dict(by_epoch=False, interval=UPDATES)),
     randomness=dict(seed=1),
-    load_from='initial.pth',
+    load_from='begun.pth',
 )
 """No step of the pipelines draws at random but the flip, and that is taken out; nor does a model's part."""
 
@@ -57,8 +57,9 @@ def detector() -> Config:
             'model.neck.norm_cfg': None,  # the last maps have one place
             'model.bbox_head.norm_cfg': None,
             'model.bbox_head.num_classes': 6,
+            'model.bbox_head.anchor_generator.octave_base_scale': 2,
             'test_evaluator.metric': 'bbox',
-            'test_evaluator.iou_thrs': [0.1],
+            'model.test_cfg': dict(nms_pre=1000, max_per_img=300, score_thr=0.0),
         }
     )
     cfg.train_dataloader.pop('batch_sampler')
@@ -72,21 +73,25 @@ def segmentor() -> Config:
     return cfg
 
 
-MODELS = {'detector': (detector, 'coco/bbox_mAP'), 'segmentor': (segmentor, 'mIoU')}
+MODELS = {'detector': (detector, 'coco/bbox_mAP_50'), 'segmentor': (segmentor, 'mIoU')}
 
 
 def prepare(folder: Path, cfg: Config) -> None:
-    """Write the data, the weights to begin with and the configs of all runs into a folder."""
+    """Write the data, weights to begin with, others that tell places apart, and the runs' configs into a folder."""
     write_shapes(folder / 'data/shapes', train=8, val=5, size=96, seed=0)
     cfg.merge_from_dict(SETTINGS)
     cfg.param_scheduler = []
+    cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
     for loader in (cfg.train_dataloader, cfg.test_dataloader):
         loader.persistent_workers = False
-        pipeline = loader.dataset.pipeline
-        loader.dataset.pipeline = [step for step in pipeline if step.type not in ('RandomFlip', 'Resize')]
+        steps = [step for step in loader.dataset.pipeline if step.type != 'RandomFlip']
+        loader.dataset.pipeline = [{**step, 'scale': (96, 96)} if step.type == 'Resize' else step for step in steps]
     torch.manual_seed(0)
-    model = like_trained(build_model(cfg), torch.randn(2, 3, 128, 128))
-    torch.save({'state_dict': model.state_dict(), 'meta': {}}, folder / 'initial.pth')
+    model = build_model(cfg)
+    model.init_weights()
+    torch.save({'state_dict': model.state_dict(), 'meta': {}}, folder / 'begun.pth')
+    like_trained(model, torch.randn(2, 3, 128, 128))
+    torch.save({'state_dict': model.state_dict(), 'meta': {}}, folder / 'like_trained.pth')
     for name, options in RUNS.items():
         own = Config(cfg.to_dict())
         own.merge_from_dict({**options, 'work_dir': name, 'experiment_name': name})
@@ -105,7 +110,7 @@ def work(index: int, folder: str, port: int) -> None:
         cfg.launcher = 'pytorch' if index < 2 else 'none'
         runner = _launch.build_runner(cfg, 'train_loop', 'test_loop')
         runner.train()
-        runner.load_checkpoint('initial.pth')
+        runner.load_checkpoint('like_trained.pth')
         metrics = {key: float(value) for key, value in runner.test().items()}
         Path(f'{name}_{index}.json').write_text(json.dumps(metrics))
 
@@ -129,7 +134,7 @@ def test_two_processes_are_one_that_averages_gradients(tmp_path, kind):
     torch.multiprocessing.spawn(work, (str(tmp_path), free_port()), nprocs=3)
 
     parameters = [name for name, _ in build_model(cfg).named_parameters()]
-    initial = read_checkpoint(tmp_path / 'initial.pth')['state_dict']
+    initial = read_checkpoint(tmp_path / 'begun.pth')['state_dict']
     begun = torch.cat([initial[name].flatten() for name in parameters])
     two, one, half = (learned(tmp_path, name, parameters) - begun for name in RUNS)
     assert relative_error(two, one) < 1e-5 < 1e-2 < relative_error(half, one)
