@@ -48,7 +48,7 @@ RUNS = {
 
 
 def detector() -> Config:
-    """RetinaNet, which samples nothing. Boxes need not fit well: the weights are none that have learned to find them."""
+    """RetinaNet, which samples nothing. Its weights have not learned to find anything."""
     cfg = Config.fromfile(ROOT / 'configs/det/mask_rcnn_repvit_m0_6_fpn_shapes.py')
     small = Config.fromstring(RETINANET.format(backbone=BACKBONE, channels=[40, 80, 160, 320]), '.py')
     cfg.model = small.model
@@ -165,7 +165,9 @@ def test_killed_process_ends_the_other(tmp_path):
     prepare(tmp_path, segmentor())
     (tmp_path / 'killer.py').write_text(KILLER)
     (tmp_path / 'config.py').write_text(
-        "_base_ = 'two.py'\ncustom_imports = dict(imports=['repvit_mm', 'killer'])\ncustom_hooks = [dict(type='Killer')]\n"
+        "_base_ = 'two.py'\n"
+        "custom_imports = dict(imports=['repvit_mm', 'killer'])\n"
+        "custom_hooks = [dict(type='Killer')]\n"
     )
     environment = {
         **os.environ,
