@@ -507,7 +507,7 @@ def test_interrupted_build_does_not_go_on(environment, fake_python, packages, ch
         text=True,
         env={**os.environ, 'XDG_CACHE_HOME': str(tmp_path), 'CXX': sys.executable},
         # A shell has jobs in the background ignore an interrupt, and what they start inherits that.
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+        preexec_fn=lambda: [signal.signal(default, signal.SIG_DFL) for default in (number, signal.SIGINT)],
     )
     deadline = time.monotonic() + 60
     while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
