@@ -274,7 +274,7 @@ def test_failing_exporter_is_reported_in_one_line(tmp_path, monkeypatch):
         raise RuntimeError('operator\nnot known')
 
     monkeypatch.setitem(EXPORTERS, 'onnx', replace(EXPORTERS['onnx'], write=write))
-    with pytest.raises(ExportError, match='onnx cannot export this model: operator not known'):
+    with pytest.raises(ExportError, match='onnx cannot export this model: RuntimeError: operator not known'):
         make('onnx', 'semantic_fpn', tmp_path)
 
 

@@ -13,6 +13,7 @@ from repvit_mm.layers import (
     ReLU,
     SqueezeExcite,
     StochasticDepth,
+    overwriting,
 )
 from repvit_mm.reparam import plain_formulation
 
@@ -78,12 +79,15 @@ class TestReLU:
         (gradient,) = torch.autograd.grad(y.sum(), x)
         assert torch.equal(gradient, (x > 0).float())
 
-    def test_overwrites_its_input_only_without_gradients(self):
+    def test_overwrites_its_input_only_where_that_is_allowed_and_without_gradients(self):
         x = torch.randn(2, 6, 5, 7)
         before = x.clone()
-        ReLU()(x)
-        assert torch.equal(x, before)
+        with overwriting(True):
+            ReLU()(x)
         with torch.no_grad():
+            ReLU()(x)
+        assert torch.equal(x, before)
+        with torch.no_grad(), overwriting(True):
             assert ReLU()(x) is x
         assert torch.equal(x, before.clamp(min=0))
 

@@ -226,7 +226,7 @@ def test_distributed_launchers_call_torchrun(tmp_path, script, arguments, expect
         ({}, '--nnodes=1 --node_rank=0 --master_addr=127.0.0.1 --master_port=29500'),
         (machines, '--nnodes=8 --node_rank=3 --master_addr=10.0.0.1 --master_port=29600'),
     ):
-        done = run(tmp_path, [TOOLS / script], *arguments, **path, **environment)
+        done = run(tmp_path, TOOLS / script, *arguments, **path, **environment)
         assert done.stdout == f'{options} --nproc_per_node=4 {TOOLS}/{expected}\n'
 
 

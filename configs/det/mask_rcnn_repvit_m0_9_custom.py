@@ -47,7 +47,11 @@ val_evaluator = dict(ann_file=data_root + val['ann_file'], classwise=True)
 test_evaluator = val_evaluator
 
 train_cfg = dict(
-    _delete_=True, type='ResumableIterBasedTrainLoop', max_iters=max_iters, val_interval=max(1, max_iters // 6)
+    _delete_=True,
+    type='ResumableIterBasedTrainLoop',
+    _scope_='mmengine',
+    max_iters=max_iters,
+    val_interval=max(1, max_iters // 6),
 )
 # The recipe's 2e-4 for 16 images a step, by the square root of the batch, as suits Adam.
 optim_wrapper = dict(optimizer=dict(lr=2e-4 * (batch_size / 16) ** 0.5))

@@ -45,6 +45,7 @@ test_pipeline = [
 dataset = dict(
     _delete_=True,
     type='BaseSegDataset',
+    _scope_='mmseg',
     data_root=data_root,
     metainfo=dict(classes=classes, palette=palette),
     img_suffix=img_suffix,
