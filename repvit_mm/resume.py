@@ -48,29 +48,23 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.cuda.set_rng_state_all([device.cpu() for device in state['cuda'][: torch.cuda.device_count()]])
 
 
-def draw_batches(batches: Iterator, dataloader: DataLoader, steps: int, begin_anew: bool) -> None:
+def fast_forward(batches: Iterator, dataloader: DataLoader, steps: int) -> None:
     """Pass over batches by drawing their indices alone.
 
     Args:
-        batches: A fresh iterator over the data loader; MMEngine's endless one of an iteration-based loop, or torch's.
+        batches: A fresh iterator over the data loader: torch's, or MMEngine's endless one of an iteration-based loop.
         dataloader: What it iterates over.
         steps: How many batches to pass over.
-        begin_anew: Whether the iterator is endless.
     """
     # Worker processes have been handed the indices of the first batches already: as many come out before others do.
     begun = min(steps, dataloader.num_workers * (dataloader.prefetch_factor or 0))
     for _ in range(steps - begun):
         try:
-            draw_indices(iterator_within(batches, dataloader) if begin_anew else batches)
+            draw_indices(iterator_within(batches, dataloader))
         except StopIteration:  # the end of an epoch: the first batch of the next
             next(batches)
     for _ in range(begun):
         next(batches)
-
-
-def fast_forward(batches: Iterator, dataloader: DataLoader, steps: int) -> None:
-    """:func:`draw_batches` of MMEngine's endless iterator."""
-    draw_batches(batches, dataloader, steps, begin_anew=True)
 
 
 @register_backend('atomic_local')
@@ -185,7 +179,7 @@ class ResumableEpochBasedTrainLoop(SkippingEpochBasedTrainLoop):
 
     def skip_trained_data(self, batches: Iterator, steps: int) -> None:
         """Pass over it by its indices, and tell the hooks."""
-        draw_batches(batches, self.dataloader, steps, begin_anew=False)
+        fast_forward(batches, self.dataloader, steps)
         self.runner.call_hook('after_fast_forward')
 
 

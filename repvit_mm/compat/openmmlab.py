@@ -38,7 +38,12 @@ def replace_reader_of_addresses(reader: Callable) -> None:
 
 
 def iterator_within(batches: Iterator, dataloader: DataLoader) -> Iterator:
-    """Torch's iterator inside the endless one of an iteration-based loop, which offers whole batches alone."""
+    """Torch's iterator inside the endless one of an iteration-based loop, which offers whole batches alone.
+
+    An iterator that is torch's own comes back as it is.
+    """
+    if not hasattr(batches, '_iterator'):
+        return batches
     if batches._iterator is None:  # the forks of MMEngine make it late
         batches._iterator = iter(dataloader)
     return batches._iterator
