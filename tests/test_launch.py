@@ -4,6 +4,8 @@ import importlib
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / 'tools'))
@@ -41,6 +43,27 @@ def test_demo_stops_where_a_launcher_fails(tools):
     (tools / 'make_shapes.py').write_text("raise SystemExit('no room')")
     with pytest.raises(SystemExit, match=r'^the demo stops here: no room$'):
         demo.main()
+
+
+def test_demo_draws_a_row_for_each_task(tools, tmp_path, monkeypatch):
+    (tools / 'predict.py').write_text(
+        'import sys, cv2\n'
+        'from pathlib import Path\n'
+        '*images, fuse, out, folder = sys.argv[3:]\n'
+        "assert (fuse, out) == ('--fuse', '--out')\n"
+        "Path(folder, 'pictures').mkdir(parents=True)\n"
+        'for image in map(Path, images):\n'
+        "    cv2.imwrite(f'{folder}/pictures/{image.stem}.png', 255 - cv2.imread(str(image)))\n"
+    )
+    monkeypatch.setattr(demo, 'IMAGES', tmp_path / 'images')
+    monkeypatch.setattr(demo, 'OUT', tmp_path / 'out')
+    demo.IMAGES.mkdir()
+    for number in range(6):
+        cv2.imwrite(str(demo.IMAGES / f'{number}.jpg'), np.full((960, 960, 3), 40 * number, np.uint8))
+    rows = [demo.predict(task, Path('epoch_1.pth'), demo.OUT / task.name) for task in demo.TASKS]
+    demo.draw_both(rows)
+    shown = cv2.imread(str(demo.OUT / 'predictions.jpg'))[180::364, 180::364]
+    assert np.abs(shown - np.array([255, 215, 175, 135])[None, :, None]).max() <= 2
 
 
 def outcome(*columns: float) -> 'demo.Outcome':

@@ -5,7 +5,7 @@ import pytest
 import supervision as sv
 
 from repvit_mm.datasets.shapes import CLASSES, PALETTE, SEG_CLASSES, SEG_PALETTE
-from repvit_mm.deploy.picture import Painter, enlargement, legible_on, regions_of
+from repvit_mm.deploy.picture import Painter, enlargement, legible_on, montage, regions_of
 from repvit_mm.deploy.prediction import Detections, LabelMap
 
 GREY = np.full((300, 400, 3), 128, np.uint8)
@@ -112,3 +112,12 @@ def test_class_without_a_name_is_shown_by_its_number():
 @pytest.mark.parametrize(('shape', 'factor'), [((192, 192), 5), ((300, 400), 2), ((800, 600), 1), ((5, 801), 1)])
 def test_small_pictures_are_enlarged(shape, factor):
     assert enlargement(shape) == factor
+
+
+def test_montage_puts_pictures_in_rows_with_white_between_them():
+    colors = np.arange(1, 7).reshape(2, 3) * 30
+    picture = montage([[np.full((10, 20, 3), color, np.uint8) for color in row] for row in colors], height=30, frame=2)
+    assert picture.shape == (2 * 34, 3 * 64, 3)
+    assert np.array_equal(picture[17::34, 32::64, 0], colors)
+    assert (picture[:, [0, 1, 62, 63, 64, 65, 190, 191]] == 255).all()
+    assert (picture[[0, 1, 32, 33, 34, 35, 66, 67]] == 255).all()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 from _launch import TOOLS, ToolError, read_config, run_test, run_tool
 from rich.console import Console
@@ -13,12 +14,17 @@ from rich.table import Table
 
 from repvit_mm.deploy.benchmark.models import FORMS, build, measure_model
 from repvit_mm.deploy.load import input_size
+from repvit_mm.deploy.picture import montage
+from repvit_mm.files import write_whole
 from repvit_mm.reparam import reparam_blocks
 
 CONFIGS = TOOLS.parent / 'configs'
+IMAGES = Path('data/shapes/coco/val2017')
 OUT = Path('work_dirs/demo')
 PICTURES = 8
-"""Validation images of which pictures are made."""
+"""Validation images whose predictions are drawn beside the ground truth."""
+SHOWN = 4
+"""Validation images in the picture of both tasks."""
 ROUNDS = 20
 """How often each form of a network is timed."""
 
@@ -116,6 +122,19 @@ def draw(task: Task, checkpoint: Path, folder: Path) -> None:
     run_test(task.config, checkpoint, folder / 'few', '--fuse', *show)
 
 
+def predict(task: Task, checkpoint: Path, folder: Path) -> list[Path]:
+    """Predict on a few validation images with ``tools/predict.py``; returns the pictures."""
+    images = sorted(IMAGES.glob('*.jpg'))[:SHOWN]
+    run_tool('predict.py', task.config, checkpoint, *images, '--fuse', '--out', folder / 'predictions')
+    return [folder / 'predictions/pictures' / f'{image.stem}.png' for image in images]
+
+
+def draw_both(rows: list[list[Path]]) -> None:
+    """Write ``predictions.jpg``: a row of pictures for each task."""
+    picture = montage([[cv2.imread(str(path)) for path in row] for row in rows])
+    write_whole(OUT / 'predictions.jpg', cv2.imencode('.jpg', picture, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes())
+
+
 def measure(task: Task, checkpoint: Path, folder: Path) -> Outcome:
     """Test, export and time every form of a trained network.
 
@@ -169,6 +188,7 @@ def report(outcomes: dict[str, Outcome]) -> None:
         for console in (Console(width=max(Console().width, 120)), Console(file=file, width=120)):
             console.print(table)
     print(f'pictures, ground truth beside prediction: {OUT}/*/pictures')
+    print(f'predictions of both models: {OUT}/predictions.jpg, {OUT}/*/predictions/index.html')
 
 
 def shortcomings(outcomes: dict[str, Outcome]) -> list[str]:
@@ -190,16 +210,19 @@ def shortcomings(outcomes: dict[str, Outcome]) -> list[str]:
 
 def main() -> None:
     """Run the demo."""
-    outcomes = {}
+    outcomes: dict[str, Outcome] = {}
+    rows: list[list[Path]] = []
     try:
         run_tool('make_shapes.py')
         for task in TASKS:
             folder = OUT / task.name
             checkpoint = train(task, folder)
             draw(task, checkpoint, folder)
+            rows.append(predict(task, checkpoint, folder))
             outcomes[task.name] = measure(task, checkpoint, folder)
     except ToolError as error:
         sys.exit(f'the demo stops here: {error}')
+    draw_both(rows)
     report(outcomes)
     if found := shortcomings(outcomes):
         sys.exit('the demo did not reach what it should: ' + '; '.join(found))

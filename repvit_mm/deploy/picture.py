@@ -81,6 +81,26 @@ class Painter:
         return annotator.annotate(picture, enlarged(found, shape), names)
 
 
+def montage(rows: Sequence[Sequence[np.ndarray]], height: int = 360, frame: int = 2) -> np.ndarray:
+    """Pictures in rows.
+
+    Args:
+        rows: Pictures ``(H, W, 3)`` uint8. Those that stand in one column have one aspect ratio.
+        height: What each picture is resized to, in pixels.
+        frame: Width in pixels of the white frame around each picture.
+
+    Returns:
+        ``(H, W, 3)`` uint8.
+    """
+
+    def framed(picture: np.ndarray) -> np.ndarray:
+        size = round(height * picture.shape[1] / picture.shape[0]), height
+        resized = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+        return cv2.copyMakeBorder(resized, *[frame] * 4, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+
+    return cv2.vconcat([cv2.hconcat([framed(picture) for picture in row]) for row in rows])
+
+
 def legible_on(color: sv.Color) -> sv.Color:
     """Black or white, whichever stands out more against a colour (contrast as WCAG 2 defines it)."""
     red, green, blue = (
