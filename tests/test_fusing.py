@@ -15,6 +15,7 @@ from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import EMAHook
 from mmengine.optim import OptimWrapper
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
@@ -22,7 +23,7 @@ from small_models import like_trained, small_config, small_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from repvit_mm import FuseOnDeployHook
+from repvit_mm import FuseOnDeployHook, RepViT
 from repvit_mm.backbone import ReparamBackbone
 from repvit_mm.deploy.graph import graph_of
 from repvit_mm.deploy.load import build_model, fuse_model, load_model
@@ -186,6 +187,23 @@ def assert_fused(model: nn.Module) -> None:
 
 
 ROUTES = {'hook': by_hook, 'exporter': by_exporter, 'converter': by_converter}
+
+
+class Renamed(RepViT):
+    """A class that a user derives, given to a config as it is."""
+
+
+@pytest.mark.parametrize(
+    'backbone',
+    [dict(type='RepViTRoadmap', step='se'), dict(type=Renamed, arch='m0_6'), dict(type='RepViT', arch='m0_6')],
+)
+def test_every_backbone_of_ours_is_built_fused(backbone):
+    """So that a checkpoint whose backbone is fused already loads."""
+    cfg = small_config('semantic_fpn')
+    cfg.model.backbone = backbone
+    cfg.model.neck.in_channels = list(MODELS.build(dict(backbone)).out_channels)
+    assert not reparam_blocks(build_model(cfg, deploy=True).backbone)
+    assert reparam_blocks(build_model(cfg).backbone)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """From a config and a checkpoint to the fused model that is exported, and to what its file says of itself."""
 
+import copy
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -98,16 +99,22 @@ def build_model(cfg: Config, deploy: bool = False) -> nn.Module:
         ExportError: if it cannot be built.
     """
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    model = cfg.model.copy()
+    model = copy.deepcopy(cfg.model)
     if isinstance(model.get('backbone'), dict):
         model.backbone.init_cfg = None  # what it would download is overwritten
-        if deploy and model.backbone.get('type') in [family.__name__ for family in FAMILIES]:
+        if deploy and is_fusable(model.backbone.get('type')):
             model.backbone.deploy = True
     try:
         # Statistics of several processes are one process's statistics in a test.
         return revert_sync_batchnorm(MODELS.build(model)).eval()
     except Exception as error:  # anything can be wrong in a config
         raise ExportError(f'the model cannot be built: {one_line(error)}') from error
+
+
+def is_fusable(backbone: str | type | None) -> bool:
+    """Whether a config's backbone, a name or a class, is one of this package's or derived from it."""
+    cls = MODELS.get(backbone) if isinstance(backbone, str) else backbone
+    return isinstance(cls, type) and issubclass(cls, tuple(FAMILIES))
 
 
 def fuse_model(model: nn.Module) -> nn.Module:
