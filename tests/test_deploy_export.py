@@ -15,7 +15,7 @@ from small_models import ROOT, small_config, small_model
 from test_deploy_graph import images
 
 from repvit_mm.deploy import coreml
-from repvit_mm.deploy.export import EXPORTERS, Options, build_graph, check_options, export, trials
+from repvit_mm.deploy.export import EXPORTERS, Exportable, Options, build_graph, check_options, export, trials
 from repvit_mm.deploy.graph import ExportError
 from repvit_mm.deploy.load import describe, fuse_model, input_size, resizing
 from repvit_mm.deploy.metadata import KEY, FileInfo
@@ -34,10 +34,9 @@ def make(target: str, name: str, folder: Path, family: str = 'repvit', **options
     """Export a small model; the model, the file and the report."""
     model = fuse_model(small_model(name, family))
     chosen = Options(**{'sizes': (SIZE,)} | options)
-    graph = build_graph(model, target, chosen)
     path = folder / f'{name}{EXPORTERS[target].suffix}'
-    info = describe(small_config(name, family), None, graph)
-    return model, path, export(model, graph, info, target, path, chosen, rounds=1)
+    exportable = Exportable.prepare(model, small_config(name, family), None, target, chosen)
+    return model, path, export(exportable, path, rounds=1)
 
 
 def assert_is_the_model(path: Path, model, task: str, *shapes: tuple[int, int, int], tolerance=None) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_models import small_config, small_model
 
-from repvit_mm.deploy.export import EXPORTERS, Options, build_graph, quiet, random_images
+from repvit_mm.deploy.export import EXPORTERS, Exportable, Options, build_graph, quiet, random_images
 from repvit_mm.deploy.graph import ExportError
 from repvit_mm.deploy.int8 import Candidate, Int8Options, Int8Report, check_target, export_int8, in_points, judge
 from repvit_mm.deploy.load import fuse_model
@@ -227,10 +227,9 @@ def test_what_cannot_become_int8(target, options, message):
 def test_detectors_have_no_int8_for_executorch(tmp_path):
     pytest.importorskip('executorch')
     pytest.importorskip('torchao')
-    model = fuse_model(small_model('retinanet'))
-    graph = build_graph(model, 'executorch', Options(sizes=(SIZE,)))
+    model, cfg = fuse_model(small_model('retinanet')), small_config('retinanet')
+    exportable = Exportable.prepare(model, cfg, None, 'executorch', Options(sizes=(SIZE,)))
     path = tmp_path / 'folder' / 'a.pte'
-    arguments = (FileInfo('detection', graph.outputs), 'executorch', path, Options(sizes=(SIZE,)))
     with pytest.raises(ExportError, match='takes segmentors and backbones'):
-        export_int8(model, graph, *arguments, small_config('retinanet'), Int8Options())
+        export_int8(exportable, path, cfg, Int8Options())
     assert not path.parent.exists()

@@ -12,8 +12,8 @@ from small_models import small_config, small_model
 
 from repvit_mm.datasets.shapes import write_shapes
 from repvit_mm.deploy.evaluate import put_file
-from repvit_mm.deploy.export import Options, build_graph, export
-from repvit_mm.deploy.load import describe, fuse_model, load_model
+from repvit_mm.deploy.export import Exportable, Options, export
+from repvit_mm.deploy.load import fuse_model, load_model
 from repvit_mm.deploy.picture import Painter, enlarge
 from repvit_mm.deploy.predict import FilePredictor
 from repvit_mm.deploy.prediction import LabelMap
@@ -48,9 +48,8 @@ def exported(trained, folder, **options):
     cfg, checkpoint = trained
     model = fuse_model(load_model(cfg, checkpoint))
     chosen = Options(**{'sizes': ((128, 192),), **options})
-    graph = build_graph(model, 'onnx', chosen)
     path = folder / 'model.onnx'
-    export(model, graph, describe(cfg, checkpoint, graph), 'onnx', path, chosen, [], 0)
+    export(Exportable.prepare(model, cfg, checkpoint, 'onnx', chosen), path, rounds=0)
     return path
 
 

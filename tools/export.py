@@ -9,10 +9,10 @@ from _launch import check_checkpoint, read_config
 from mmengine.config import DictAction
 
 from repvit_mm.checkpoint import CheckpointError, trust
-from repvit_mm.deploy.export import EXPORTERS, OPSET, Options, build_graph, check_options, export
+from repvit_mm.deploy.export import EXPORTERS, OPSET, Exportable, Options, check_options, export
 from repvit_mm.deploy.graph import ExportError
 from repvit_mm.deploy.int8 import LIBRARIES, Int8Options, check_target, export_int8
-from repvit_mm.deploy.load import describe, input_size, load_model, read_checkpoint, test_images
+from repvit_mm.deploy.load import input_size, load_model, read_checkpoint, test_images
 
 REAL_IMAGES = 4
 """How many images of the test data set a file is compared on."""
@@ -100,14 +100,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(f'{path} is there already: --force replaces it, --out names another file')
         checkpoint = read_checkpoint(args.checkpoint)
         model = load_model(cfg, checkpoint, deploy=True)
-        graph = build_graph(model, args.to, options)
-        info = describe(cfg, checkpoint, graph)
+        exportable = Exportable.prepare(model, cfg, checkpoint, args.to, options)
         images = test_images(cfg, REAL_IMAGES)
         if args.int8:
             int8 = Int8Options(args.calibration, args.max_drop, tuple(args.float_layers), args.reduce_range)
-            print(export_int8(model, graph, info, args.to, path, options, cfg, int8, images, args.rounds))
+            print(export_int8(exportable, path, cfg, int8, images, args.rounds))
         else:
-            print(export(model, graph, info, args.to, path, options, images, args.rounds))
+            print(export(exportable, path, images, args.rounds))
     except (CheckpointError, ExportError) as error:
         sys.exit(str(error))
 

@@ -15,12 +15,13 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from mmengine.config import Config
 from torch import Tensor, nn
 
 from ..compat.pytorch import any_row_count
 from ..messages import one_line
 from .graph import ExportError, Graph, backbone_graph, graph_of
-from .load import versions
+from .load import Checkpoint, describe, versions
 from .masks import pasted
 from .metadata import KEY, FileInfo
 from .operators import Suppress, suppress_by_loop, suppress_by_onnx, suppress_by_scan
@@ -249,6 +250,44 @@ def check_options(target: str, path: Path, options: Options) -> None:
         raise ExportError(f'--bf16: only OpenVINO is told so by its file, {target} is not')
 
 
+@dataclass(frozen=True)
+class Exportable:
+    """A fused model, made ready for a target.
+
+    Args:
+        model: The fused model; what it predicts by its own framework is what the file must predict.
+        graph: The model's graph for the target.
+        info: What the file says of itself; sizes, precision and versions are filled in as it is written.
+        target: A key of ``EXPORTERS``.
+        options: How to export; the graph is built for them.
+    """
+
+    model: nn.Module
+    graph: Graph
+    info: FileInfo
+    target: str
+    options: Options
+
+    @classmethod
+    def prepare(
+        cls, model: nn.Module, cfg: Config, checkpoint: str | Path | Checkpoint | None, target: str, options: Options
+    ) -> 'Exportable':
+        """Make a fused model ready.
+
+        Args:
+            model: The fused model, which is left as it is.
+            cfg: Its config.
+            checkpoint: Whose weights it has; ``None`` if they are random.
+            target: A key of ``EXPORTERS``.
+            options: How to export.
+
+        Raises:
+            ExportError: if the model is of a kind that cannot be exported.
+        """
+        graph = build_graph(model, target, options)
+        return cls(model, graph, describe(cfg, checkpoint, graph), target, options)
+
+
 def build_graph(model: nn.Module, target: str, options: Options) -> Graph:
     """What is exported of a fused model, on a copy of it.
 
@@ -265,25 +304,12 @@ def build_graph(model: nn.Module, target: str, options: Options) -> Graph:
     return graph.eval()
 
 
-def export(
-    model: nn.Module,
-    graph: Graph,
-    info: FileInfo,
-    target: str,
-    path: Path,
-    options: Options,
-    images: Sequence[np.ndarray] = (),
-    rounds: int = 5,
-) -> Report:
+def export(exportable: Exportable, path: Path, images: Sequence[np.ndarray] = (), rounds: int = 5) -> Report:
     """Write a file, compare it with the model in its own runtime, and only then put it in its place.
 
     Args:
-        model: The fused model; what it predicts by its own framework is what the file must predict.
-        graph: The model's graph, by :func:`build_graph`.
-        info: What the file says of itself; sizes, precision and versions are filled in here.
-        target: A name in ``EXPORTERS``.
+        exportable: What to export.
         path: Where the file shall lie.
-        options: The same as the graph's.
         images: Real images ``(3, H, W)``, RGB, values from 0 to 255, for the comparison beside random ones.
         rounds: How often model and file are timed in turns; 0 does not time them.
 
@@ -291,21 +317,20 @@ def export(
         ExportError: if the target's library is missing or fails, or if the file and the model disagree by more than
             ``TOLERANCES``. No file is left then.
     """
-    exporter = EXPORTERS[target]
+    graph, target, options = exportable.graph, exportable.target, exportable.options
     check_options(target, path, options)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.', dir=path.parent) as scratch:
         part = Path(scratch, path.name)
-        info = write_file(graph, info, target, part, options)
+        info = write_file(graph, exportable.info, target, part, options)
         report = Report(path, sum(file.stat().st_size for file in Path(scratch).rglob('*') if file.is_file()))
-        if exporter.runs:
+        if EXPORTERS[target].runs:
             run = open_exported(part, info)
-            report.differences = check_outputs(model, graph, run, info, options, images)
+            report.differences = check_outputs(exportable, run, images)
             if rounds:
-                report.times = compare_times(model, run, info, options, images, rounds)
+                report.times = compare_times(exportable, run, images, rounds)
         else:
-            run = partial(graph_outputs, graph)
-            report.differences = check_outputs(model, graph, run, info, options, images)
+            report.differences = check_outputs(exportable, partial(graph_outputs, graph), images)
             report.notes.append(f'{target} files do not run on this system: compared was what went into the converter')
         # What belongs to the file comes first: it is never there without.
         for file in sorted(Path(scratch).iterdir(), key=lambda file: file == part):
@@ -379,9 +404,7 @@ def graph_outputs(graph: Graph, images: np.ndarray) -> dict[str, np.ndarray]:
     return {name: output.numpy() for name, output in zip(graph.outputs, outputs, strict=True)}
 
 
-def check_outputs(
-    model: nn.Module, graph: Graph, run: Run, info: FileInfo, options: Options, images: Sequence[np.ndarray]
-) -> dict[str, Difference]:
+def check_outputs(exportable: Exportable, run: Run, images: Sequence[np.ndarray]) -> dict[str, Difference]:
     """Compare what a file gives with what the model predicts by its own framework.
 
     Returns:
@@ -390,15 +413,16 @@ def check_outputs(
     Raises:
         ExportError: if they disagree.
     """
+    graph, options = exportable.graph, exportable.options
     found = {}
     for what, batches in trials(options, images).items():
         try:
             differences = [
                 compare(
-                    info.task,
-                    framework_outputs(model, info.task, batch, options.logits),
+                    graph.task,
+                    framework_outputs(exportable.model, graph.task, batch, options.logits),
                     run(batch),
-                    TOLERANCES[info.precision],
+                    TOLERANCES[options.precision],
                     graph.limit,
                 )
                 for batch in batches
@@ -411,13 +435,12 @@ def check_outputs(
     return found
 
 
-def compare_times(
-    model: nn.Module, run: Run, info: FileInfo, options: Options, images: Sequence[np.ndarray], rounds: int
-) -> dict[str, Spread]:
+def compare_times(exportable: Exportable, run: Run, images: Sequence[np.ndarray], rounds: int) -> dict[str, Spread]:
     """Seconds that the model and a file take for one image, in turns."""
+    options = exportable.options
     batch = next(iter(trials(options, images[:1]).values()))[0]
     candidates = {
-        'pytorch': lambda: framework_outputs(model, info.task, batch, options.logits),
+        'pytorch': lambda: framework_outputs(exportable.model, exportable.graph.task, batch, options.logits),
         'file': lambda: run(batch),
     }
     return interleave(candidates, rounds, torch.device('cpu'), 'timing')

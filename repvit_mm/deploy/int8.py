@@ -19,12 +19,11 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import track
-from torch import nn
 
 from ..messages import one_line
 from .evaluate import MismatchError, put_file
-from .export import Options, build_graph, check_options, export, write_file
-from .graph import ExportError, Graph
+from .export import Exportable, Options, build_graph, check_options, export, write_file
+from .graph import ExportError
 from .load import plain_datasets, test_dataset, versions
 from .metadata import KEY, FileInfo
 from .prediction import fit_image
@@ -138,12 +137,8 @@ class Int8Report:
 
 
 def export_int8(
-    model: nn.Module,
-    graph: Graph,
-    info: FileInfo,
-    target: str,
+    exportable: Exportable,
     path: Path,
-    options: Options,
     cfg: Config,
     int8: Int8Options,
     images: Sequence[np.ndarray] = (),
@@ -155,12 +150,8 @@ def export_int8(
     processor multiplies it.
 
     Args:
-        model: The fused model.
-        graph: The model's graph, built for the target.
-        info: What the float file says of itself.
-        target: A key of ``LIBRARIES``.
+        exportable: What to export; its target is a key of ``LIBRARIES``.
         path: Where the file shall lie.
-        options: The same as the graph's.
         cfg: The config, for its data sets and its metric.
         int8: How to quantize.
         images: Real images that the float file is compared with PyTorch on.
@@ -170,7 +161,8 @@ def export_int8(
         ExportError: if the target has no int8, a library or the images to calibrate on are missing, or the file loses
             more than ``int8.max_drop``. No file is left then.
     """
-    check_target(target, path, options)
+    graph, target = exportable.graph, exportable.target
+    check_target(target, path, exportable.options)
     if target == 'executorch' and graph.task == 'detection':
         raise ExportError(
             '--int8 for executorch takes segmentors and backbones: its quantizer makes the indices of boxes float, '
@@ -182,11 +174,11 @@ def export_int8(
         for folder in folders.values():
             folder.mkdir()
         files = {name: folder / path.name for name, folder in folders.items()}
-        export(model, graph, info, target, files['float32'], options, images, rounds=0)
+        export(exportable, files['float32'], images, rounds=0)
         info = open_file(files['float32']).info
         calibration = calibration_images(cfg, info, int8.images)
         try:
-            sensitivity, kept = _quantize(model, graph, info, target, files, options, int8, calibration)
+            sensitivity, kept = _quantize(exportable, info, files, int8, calibration)
             runs = {name: open_file(files[name], torch.get_num_threads()) for name in ('float32', 'int8')}
         except (RuntimeFileError, ExportError) as error:
             raise ExportError(str(error)) from error
@@ -232,23 +224,21 @@ def check_target(target: str, path: Path, options: Options) -> None:
 
 
 def _quantize(
-    model: nn.Module,
-    graph: Graph,
+    exportable: Exportable,
     info: FileInfo,
-    target: str,
     files: Mapping[str, Path],
-    options: Options,
     int8: Int8Options,
     calibration: Sequence[np.ndarray],
 ) -> tuple[Sensitivity, tuple[Layer, ...]]:
-    """Write the int8 file; returns what was measured and the layers that stay in float."""
+    """Write the int8 file, ``info`` is what the float file says; what was measured, and the layers kept in float."""
     from .qdq import QdqNetwork
 
+    target, options = exportable.target, exportable.options
     with tempfile.TemporaryDirectory() as scratch:
         source = files['float32']
         if target != 'onnx':
             source = Path(scratch, 'model.onnx')
-            write_file(build_graph(model, 'onnx', options), info, 'onnx', source, options)
+            write_file(build_graph(exportable.model, 'onnx', options), info, 'onnx', source, options)
         network = QdqNetwork(source, calibration, int8.reduce_range)
     sensitivity = measure(network, calibration, torch.get_num_threads())
     chosen = set(sensitivity.float_layers)
@@ -263,7 +253,7 @@ def _quantize(
     elif target == 'openvino':
         write_openvino(files['float32'], goal, info, calibration, kept, int8.reduce_range)
     else:
-        write_executorch(graph, goal, info, calibration, kept)
+        write_executorch(exportable.graph, goal, info, calibration, kept)
     return sensitivity, kept
 
 

@@ -15,9 +15,9 @@ from torch import nn
 
 from ...messages import one_line
 from ...reparam import reparam_blocks, switch_to_deploy
-from ..export import EXPORTERS, Options, build_graph, export, random_images, resized
+from ..export import EXPORTERS, Exportable, Options, export, random_images, resized
 from ..graph import ExportError
-from ..load import build_model, describe, fuse_model, load_model, test_images
+from ..load import build_model, fuse_model, load_model, test_images
 from ..metadata import TASKS
 from ..runtimes import RuntimeFileError, open_file
 from ..timing import interleave
@@ -132,9 +132,7 @@ class Bench:
         path = self.folder / f'{target}{exporter.suffix}'
         if not path.exists():
             options = Options(sizes=(self.images.shape[2:],), dynamic=len(self.images) > 1 and exporter.dynamic)
-            graph = build_graph(self.fused, target, options)
-            info = describe(self.cfg, None, graph)
-            export(self.fused, graph, info, target, path, options, list(self.images), rounds=0)
+            export(Exportable.prepare(self.fused, self.cfg, None, target, options), path, list(self.images), rounds=0)
         return path
 
     def int8_file(self, path: Path) -> Path:
