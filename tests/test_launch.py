@@ -49,8 +49,8 @@ def test_demo_draws_a_row_for_each_task(tools, tmp_path, monkeypatch):
     (tools / 'predict.py').write_text(
         'import sys, cv2\n'
         'from pathlib import Path\n'
-        '*images, fuse, out, folder = sys.argv[3:]\n'
-        "assert (fuse, out) == ('--fuse', '--out')\n"
+        '*images, fuse, score, _, out, folder = sys.argv[3:]\n'
+        "assert (fuse, score, out) == ('--fuse', '--score-thr', '--out')\n"
         "Path(folder, 'pictures').mkdir(parents=True)\n"
         'for image in map(Path, images):\n'
         "    cv2.imwrite(f'{folder}/pictures/{image.stem}.png', 255 - cv2.imread(str(image)))\n"

@@ -25,6 +25,8 @@ PICTURES = 8
 """Validation images whose predictions are drawn beside the ground truth."""
 SHOWN = 4
 """Validation images in the picture of both tasks."""
+SCORE = '0.6'
+"""The least score of a detection in that picture."""
 ROUNDS = 20
 """How often each form of a network is timed."""
 
@@ -125,7 +127,8 @@ def draw(task: Task, checkpoint: Path, folder: Path) -> None:
 def predict(task: Task, checkpoint: Path, folder: Path) -> list[Path]:
     """Predict on a few validation images with ``tools/predict.py``; returns the pictures."""
     images = sorted(IMAGES.glob('*.jpg'))[:SHOWN]
-    run_tool('predict.py', task.config, checkpoint, *images, '--fuse', '--out', folder / 'predictions')
+    options = ('--fuse', '--score-thr', SCORE, '--out', folder / 'predictions')
+    run_tool('predict.py', task.config, checkpoint, *images, *options)
     return [folder / 'predictions/pictures' / f'{image.stem}.png' for image in images]
 
 
