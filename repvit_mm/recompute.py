@@ -170,14 +170,16 @@ def convolve(
     """
     if not torch.is_grad_enabled():
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     recomputes = recomputes and runs_eagerly()
     known = recipe_of(x) if recomputes else None
+    if dtype is not None and known is None:
+        x = x.to(dtype)  # before it is kept
     # A grouped convolution is cheap, so it runs again for whoever reads its output.
     leaves = recomputes and groups > 1
     options = stride, padding, dilation, groups
     recipe = Recipe.of_kept(x) if known is None else known.shared() if leaves else known
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     kernel = weight.detach() if dtype is None else rounded(weight.detach(), dtype)
     if known is None and dtype is None:
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
