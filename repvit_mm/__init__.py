@@ -12,6 +12,7 @@ __all__ = [
     'FastViT',
     'FiniteLossHook',
     'FuseOnDeployHook',
+    'HalfPrecisionHook',
     'MobileOne',
     'RepViT',
     'RepViTRoadmap',
@@ -30,7 +31,7 @@ if not _missing:
     from . import normalization  # noqa: F401  warns from here on
     from .compat.openmmlab import offer_configs
     from .fastvit import FastViT
-    from .hooks import FiniteLossHook, FuseOnDeployHook
+    from .hooks import FiniteLossHook, FuseOnDeployHook, HalfPrecisionHook
     from .mobileone import MobileOne
     from .optim import StageDecayOptimWrapperConstructor
     from .reparam import switch_to_deploy

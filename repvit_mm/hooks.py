@@ -15,6 +15,7 @@ from torch import nn
 from .backbone import ReparamBackbone
 from .deploy.fold import fold_conv_norms
 from .loading import check_outside_backbones
+from .precision import HALF, compute_in
 from .reparam import plain_formulation, reparam_blocks, switch_to_deploy
 
 
@@ -22,8 +23,28 @@ class FusionError(RuntimeError):
     """A model cannot be fused, or its fused network does not compute the same."""
 
 
+class TestOnlyHook(Hook):
+    """Changes the model of a stand-alone test run; a run that trains is left alone, a test after training too."""
+
+    trains = False
+
+    def before_train(self, runner: Runner) -> None:
+        """Note that this run trains."""
+        self.trains = True
+
+    def before_test(self, runner: Runner) -> None:
+        """Change the runner's model, unless this run trains."""
+        if self.trains:
+            print_log(f'{type(self).__name__}: this run trains, the model stays as it is', 'current', logging.INFO)
+        else:
+            self._change(runner)
+
+    def _change(self, runner: Runner) -> None:
+        raise NotImplementedError
+
+
 @HOOKS.register_module()
-class FuseOnDeployHook(Hook):
+class FuseOnDeployHook(TestOnlyHook):
     """Fuses the model before a stand-alone test run and proves that its outputs stay the same.
 
     The backbone's blocks are fused, and the norms of necks and heads are folded into the convolutions before them.
@@ -43,20 +64,12 @@ class FuseOnDeployHook(Hook):
     """
 
     priority = 'VERY_LOW'
-    trains = False
 
     def __init__(self, tolerance: float = 1e-4) -> None:
         self.tolerance = tolerance
 
-    def before_train(self, runner: Runner) -> None:
-        """Note that this run trains."""
-        self.trains = True
-
-    def before_test(self, runner: Runner) -> None:
+    def _change(self, runner: Runner) -> None:
         """Fuse the runner's model and its averaged copies."""
-        if self.trains:
-            print_log('FuseOnDeployHook: this run trains, the model is not fused', 'current', logging.INFO)
-            return
         self._fuse(runner.model)
         for hook in runner.hooks:
             if isinstance(hook, EMAHook):
@@ -109,6 +122,28 @@ class FuseOnDeployHook(Hook):
         like = next(backbone.parameters())
         generator = torch.Generator().manual_seed(0)
         return torch.randn(1, 3, 64, 96, generator=generator).to(like)
+
+
+@HOOKS.register_module()
+class HalfPrecisionHook(TestOnlyHook):
+    """Lets backbone, neck and heads compute in half precision in a stand-alone test run.
+
+    Beside a :class:`FuseOnDeployHook` it comes second: kernels are folded in float64 before they are rounded. In a
+    config: ``custom_hooks = [dict(type='HalfPrecisionHook', dtype='bfloat16')]``. See
+    :func:`~repvit_mm.precision.compute_in`.
+
+    Args:
+        dtype: ``'bfloat16'``, or ``'float16'`` on an accelerator.
+    """
+
+    # Behind FuseOnDeployHook.
+    priority = 'LOWEST'
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype = HALF[dtype]
+
+    def _change(self, runner: Runner) -> None:
+        compute_in(runner.model.eval(), self.dtype)
 
 
 @HOOKS.register_module()

@@ -2,17 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from unittest import mock
 
 import torch
 from mmengine.model import is_model_wrapper
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
-from mmengine.utils import apply_to
-from torch import Tensor, nn
+from torch import nn
 
 from .backbone import ReparamBackbone
+from .precision import lowered
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -67,12 +66,6 @@ class CpuAmpOptimWrapper(OptimWrapper):
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """MMEngine runs a model's forward pass within it."""
         network = model.module if is_model_wrapper(model) else model
-        extract = network.extract_feat
-
-        def extract_feat(*args: Any, **kwargs: Any) -> Any:
-            with torch.autocast('cpu', torch.bfloat16):
-                maps = extract(*args, **kwargs)
-            return apply_to(maps, lambda value: isinstance(value, Tensor), Tensor.float)
-
+        extract_feat = lowered(network.extract_feat, 'cpu', torch.bfloat16)
         with super().optim_context(model), mock.patch.object(network, 'extract_feat', extract_feat):
             yield

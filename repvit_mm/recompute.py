@@ -7,6 +7,7 @@ backward pass, not the map. Modules are called as in any network, and hooks on t
 """
 
 from collections.abc import Callable, MutableMapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -154,8 +155,8 @@ def convolve(
 ) -> Tensor:
     """A convolution that keeps the recipe of its input, where there is one, and if it is grouped leaves its own.
 
-    Under autocast its bias is added in float32, and a grouped one computes in float32: a bias, or the identity in a
-    kernel, is off by the same amount at every place if it is rounded, which gradients add up.
+    Under autocast its bias is added in float32, and kernels are rounded by :func:`rounded`: what is off by the same
+    amount at every place adds up in gradients.
 
     Args:
         x: Map ``(N, C_in, H, W)``.
@@ -169,52 +170,67 @@ def convolve(
     """
     if not torch.is_grad_enabled():
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     recomputes = recomputes and runs_eagerly()
     known = recipe_of(x) if recomputes else None
+    if dtype is not None and known is None:
+        x = x.to(dtype)  # before it is kept
     # A grouped convolution is cheap, so it runs again for whoever reads its output.
     leaves = recomputes and groups > 1
     options = stride, padding, dilation, groups
     recipe = Recipe.of_kept(x) if known is None else known.shared() if leaves else known
-    if known is None and not torch.is_autocast_enabled(x.device.type):
+    kernel = weight.detach() if dtype is None else rounded(weight.detach(), dtype)
+    if known is None and dtype is None:
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     else:
-        y = _Convolution.apply(options, recipe, x, weight, bias)
-    return leave(y, recipe.then(_convolution_of(x, options), weight, bias)) if leaves else y
+        y = _Convolution.apply(options, recipe, kernel, x, weight, bias)
+    return leave(y, recipe.then(partial(_convolution, options), kernel, bias)) if leaves else y
 
 
-def _convolution_of(x: Tensor, options: Options) -> Function:
-    """The convolution under the autocast that is on now, as a function of input, weight and bias."""
-    stride, padding, dilation, groups = options
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A kernel in a dtype of less precision, with the sum of its taps kept: the smallest tap takes up what is missing.
 
-    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        with torch.autocast(device, enabled=False):
-            if dtype is None:
-                return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-            if groups > 1:
-                return F.conv2d(x.float(), weight.float(), bias.float(), stride, padding, dilation, groups).to(dtype)
-            return conv_with_exact_bias(x.to(dtype), weight.to(dtype), bias.float(), *options)
+    The centre of a depthwise kernel holds the identity branch and is rounded the most. On maps that hardly change from
+    one place to the next, what counts is the sum.
 
-    return forward
+    Args:
+        weight: Kernel ``(C_out, C_in / groups, kH, kW)``.
+        dtype: The dtype.
+    """
+    kernel = weight.to(dtype)
+    if kernel.shape[-1] * kernel.shape[-2] == 1 or kernel.dtype is weight.dtype:
+        return kernel
+    exact, taps = weight.flatten(2), kernel.flatten(2)
+    smallest = exact.abs().argmin(-1, keepdim=True)
+    missing = (exact - taps).sum(-1, keepdim=True) + taps.gather(-1, smallest)
+    return taps.scatter(-1, smallest, missing.to(dtype)).view_as(kernel)
+
+
+def _convolution(options: Options, x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    """A convolution in the dtype of its kernel, without autocast; the bias is added in its own dtype."""
+    with torch.autocast(x.device.type, enabled=False):
+        if kernel.dtype is bias.dtype:
+            return F.conv2d(x, kernel, bias, *options)
+        return conv_with_exact_bias(x.to(kernel.dtype), kernel, bias.float(), *options)
 
 
 class _Convolution(torch.autograd.Function):
-    """A convolution that keeps its input, or the recipe of it; under autocast in the precision that gradients need."""
+    """A convolution that keeps its input, or the recipe of it, and the kernel that it runs with."""
 
     @staticmethod
-    def forward(ctx: Any, options: Options, recipe: Recipe, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, options: Options, recipe: Recipe, kernel: Tensor, x: Tensor, weight: Tensor, bias: Tensor
+    ) -> Tensor:
         ctx.options = options
         ctx.recipe = recipe.function
-        ctx.save_for_backward(weight, *recipe.kept)
-        return _convolution_of(x, options)(x, weight, bias)
+        ctx.save_for_backward(kernel, *recipe.kept)
+        return _convolution(options, x, kernel, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *kept = ctx.saved_tensors
+        kernel, *kept = ctx.saved_tensors
         x = ctx.recipe(*kept)
-        # Grouped convolutions run in the precision of their parameters.
-        dtype = weight.dtype if ctx.options[3] > 1 else grad.dtype
-        grads = conv_backward(grad.to(dtype), x.to(dtype), weight.to(dtype), *ctx.options, ctx.needs_input_grad[2:])
-        return None, None, *grads
+        grads = conv_backward(grad, x.to(kernel.dtype), kernel, *ctx.options, ctx.needs_input_grad[3:])
+        return None, None, None, *grads

@@ -12,6 +12,7 @@ from repvit_mm.deploy.benchmark import measures
 from repvit_mm.deploy.benchmark.measures import count_macs, count_parameters, matrix_product, peak_bytes, saved_bytes
 from repvit_mm.deploy.benchmark.routes import plain_copy
 from repvit_mm.deploy.benchmark.synthetic import make_trained_like
+from repvit_mm.deploy.benchmark.training import measure_traffic
 
 CPU = torch.device('cpu')
 
@@ -71,6 +72,48 @@ class TestMemory:
 
         # Two tensors of 4000 bytes live at once, never three.
         assert peak_bytes(run, CPU) == 8000
+
+
+class TestTraffic:
+    def test_by_hand(self):
+        """In bytes: of 64 float32 numbers each way, but for what is a view, a product or repeated."""
+        x, number = torch.ones(8, 8), 64 * 4
+        with measures.Traffic() as traffic:
+            y = x.t() + x  # reads two, writes one
+            y.add_(x[:1].expand(8, 8))  # reads y and one row, writes y
+            y @ x
+            torch.empty_like(x).copy_(y)  # reads one, writes one
+            torch.zeros_like(x)  # writes one
+        assert traffic.operations == 5
+        assert traffic.elementwise_bytes == 3 * number + (2 * number + number // 8) + 2 * number + number
+        assert traffic.bias_bytes == 0
+
+    @pytest.mark.parametrize('bias', [False, True])
+    def test_of_a_convolution_only_the_bias_counts_and_apart(self, bias):
+        conv, x = nn.Conv2d(3, 4, 1, bias=bias), torch.zeros(1, 3, 8, 8)
+        with measures.Traffic() as traffic:
+            conv(x)
+        assert (traffic.operations, traffic.elementwise_bytes) == (1, 0)
+        assert traffic.bias_bytes == (2 * 4 * 64 * 4 if bias else 0)
+
+    def test_backward_counts(self):
+        x = torch.ones(8, 8, requires_grad=True)
+        with measures.Traffic() as traffic:
+            torch.nn.functional.gelu(x).backward(torch.ones(8, 8))  # ones, GELU and its gradient
+        assert traffic.operations == 3 and traffic.elementwise_bytes == (1 + 2 + 3) * 64 * 4
+
+    def test_folded_training_moves_less_than_the_branches(self):
+        """The more of it the larger the maps are in terms of the kernels."""
+        arch = dict(channels=(8, 16, 24, 32), depths=(6, 4, 4, 1))
+        rows = measure_traffic('small', randomize(RepViT(arch, norm_eval=True)).train(), 1, (384, 384))
+        assert [(row['name'], row['route']) for row in rows] == [
+            (f'small {precision}', route) for precision in ('float32', 'mixed') for route in ('plain', 'folded')
+        ]
+        assert all(row['operations'] > 100 and row['bias_bytes'] > 0 for row in rows)
+        for plain, folded in (rows[:2], rows[2:]):
+            assert folded['times_plain'] == folded['elementwise_bytes'] / plain['elementwise_bytes'] < 0.6
+            assert plain['times_plain'] == 1
+        assert rows[3]['elementwise_bytes'] < 0.6 * rows[1]['elementwise_bytes'], 'maps are half as large'
 
 
 def test_weights_like_trained_ones():

@@ -8,7 +8,8 @@ import torch
 from helpers import SMALL, randomize
 from torch import nn
 
-from repvit_mm import RepViT
+from repvit_mm import RepViT, switch_to_deploy
+from repvit_mm.compat.pytorch import multiplies_bfloat16
 from repvit_mm.deploy.benchmark.routes import (
     FILES,
     ROUTES,
@@ -26,6 +27,7 @@ from repvit_mm.reparam import reparam_blocks
 
 LIBRARIES = {
     'onnxruntime_int8': 'onnxruntime',
+    'openvino_bf16': 'openvino',
     'openvino_int8': 'nncf',
     'torchscript': 'torch',
     'torch_export': 'torch',
@@ -53,21 +55,45 @@ def test_each_gives_the_maps(name):
         assert all(block.folds == (name != 'plain') for block in blocks)
 
 
+def test_fused_in_bfloat16(monkeypatch):
+    """Kernels are folded before they are rounded: that is as near as bfloat16 comes."""
+    source = small_source()
+    with ExitStack() as stack, torch.no_grad():
+        expected = plain_copy(source.network, stack)(source.images)
+        if multiplies_bfloat16():
+            route = ROUTES['fused_bf16'](source, stack)
+            check('fused_bf16', route, expected, 0.0)  # it has its own tolerance
+            assert {parameter.dtype for parameter in route.network.parameters()} == {torch.bfloat16}
+            assert next(source.network.parameters()).dtype is torch.float32
+            rounded_first = switch_to_deploy(copy.deepcopy(source.network).bfloat16())
+            errors = [
+                relative_error(maps[-1].float(), expected[-1])
+                for maps in (route.run(), rounded_first(source.images.bfloat16()))
+            ]
+            assert 1e-3 < errors[0] < errors[1]
+        monkeypatch.setattr('repvit_mm.precision.multiplies_bfloat16', lambda: False)
+        for name in ('fused_bf16', 'compiled_bf16', 'openvino_bf16'):
+            with pytest.raises(LeftOut, match='neither AVX512-BF16 nor AMX'):
+                ROUTES[name](source, stack)
+
+
 @pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FILES])
 def test_files_give_the_maps(name):
     pytest.importorskip(LIBRARIES.get(name, name))
     source = small_source()
     with ExitStack() as stack, torch.no_grad():
         expected = source.network(source.images)
+        if FILES[name].precision == 'bfloat16' and not multiplies_bfloat16():
+            pytest.skip('the processor has no bfloat16')
         route = ROUTES[name](source, stack)
         check(name, route, expected, 0.0)  # it has its own tolerance
-        assert route.tolerance == TOLERANCES['int8' if 'int8' in name else 'float32'].maps
+        assert route.tolerance == TOLERANCES[FILES[name].precision].maps
         error = relative_error(torch.as_tensor(route.run()[-1]), expected[-1])
-        assert (error > 1e-4) == ('int8' in name)
+        assert (error > 1e-4) == (FILES[name].precision != 'float32')
         with pytest.raises(WrongRoute, match=f'route {name} differs'):
             check(name, route, [2 * map_ for map_ in expected], 0.0)
         half = Source(source.name, source.network, source.images.half())
-        with pytest.raises(LeftOut, match='float32 only'):
+        with pytest.raises(LeftOut, match='from float32 only'):
             ROUTES[name](half, stack)
 
 

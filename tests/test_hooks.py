@@ -24,6 +24,7 @@ from repvit_mm.checkpoint import CheckpointError, read_checkpoint, read_pickle
 from repvit_mm.reparam import reparam_blocks
 
 FUSE = dict(type='FuseOnDeployHook')
+HALF = dict(type='HalfPrecisionHook', dtype='bfloat16')
 WHOLE = dict(type='WholeCheckpointHook')
 
 
@@ -184,8 +185,34 @@ def test_run_that_trains_is_never_fused(net, make_runner, lines):
     assert not any(torch.equal(before[name], parameter) for name, parameter in net.named_parameters())
     runner.test()
     assert watch.blocks['test'] == [blocks] * 2
-    assert lines == ['FuseOnDeployHook: this run trains, the model is not fused']
+    assert lines == ['FuseOnDeployHook: this run trains, the model stays as it is']
     net.train()
+
+
+@pytest.mark.parametrize('hooks', [[HALF], [FUSE, HALF], [HALF, FUSE]], ids=['unfused', 'fused', 'in other order'])
+def test_half_precision_of_a_test_run(net, make_runner, lines, hooks):
+    """In whatever order the hooks are named, kernels are folded before they are rounded: the log tells."""
+    blocks = len(reparam_blocks(net))
+    expected = make_runner(copy.deepcopy(net)).test()
+    found = make_runner(net, *hooks).test()
+    assert found != expected and found == pytest.approx(expected, abs=0.05)
+    assert len(reparam_blocks(net)) == (0 if FUSE in hooks else blocks)
+    assert all(float(re.search(r'(\S+) of the largest output', line)[1]) < 1e-4 for line in lines)
+
+
+def test_half_precision_with_an_average(net, make_runner):
+    expected = make_runner(copy.deepcopy(net)).test()
+    found = make_runner(net, dict(type='EMAHook'), FUSE, HALF).test()
+    assert found != expected and found == pytest.approx(expected, abs=0.05)
+
+
+def test_run_that_trains_stays_in_float32(net, make_runner, lines):
+    runner = make_runner(net, HALF)
+    runner.train()
+    runner.test()
+    assert lines == ['HalfPrecisionHook: this run trains, the model stays as it is']
+    assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
+    assert net.backbone.forward.__func__ is type(net.backbone).forward
 
 
 @pytest.mark.parametrize('position', [0, -1], ids=['stem', 'last_stage'])

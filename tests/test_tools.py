@@ -1,6 +1,8 @@
 """The launchers as a user runs them: right use, and each wrong use with its one line and its exit status."""
 
+import copy
 import importlib
+import inspect
 import json
 import os
 import pickle
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 from programs import TOOLS, launch, launch_anew, run
@@ -314,6 +317,10 @@ WRONG = {
         ['test.py', SEGMENTATION, 'exists.pth', '--ties-in-order'],
         ['--ties-in-order', 'for a detector'],
     ),
+    'float16 on a CPU': (
+        ['test.py', SEGMENTATION, 'exists.pth', '--dtype', 'float16'],
+        ['--dtype float16: float16 is for accelerators', 'take bfloat16'],
+    ),
     'TTA of masks': (['test.py', DETECTION, 'exists.pth', '--tta'], ['--tta', 'masks']),
     'out of a detector': (['test.py', DETECTION, 'exists.pth', '--out', 'folder'], ['--out folder', '.pkl']),
     'out of a segmentor': (['test.py', SEGMENTATION, 'exists.pth', '--out', 'x.pkl'], ['--out x.pkl', 'folder']),
@@ -429,19 +436,47 @@ def test_infinite_loss_stops_training_unless_told_otherwise(folder):
     assert done.returncode == 0 and (folder / 'infinite/iter_3.pth').is_file()
 
 
-@pytest.mark.parametrize('multiplies', [False, True])
-def test_mixed_precision_on_a_processor(monkeypatch, multiplies):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    train = importlib.import_module('train')
-    monkeypatch.setattr(train, 'get_device', lambda: 'cpu')
-    monkeypatch.setattr(train, 'multiplies_bfloat16', lambda: multiplies)
-    cfg = Config.fromfile(DETECTION)
-    if multiplies:
-        train.use_mixed_precision(cfg)
-        assert cfg.optim_wrapper.type == 'CpuAmpOptimWrapper'
-    else:
+class TestMixedPrecision:
+    """What ``--amp`` makes of a config."""
+
+    @pytest.fixture
+    def wrapper(self, monkeypatch):
+        """Gives the optimizer wrapper of a config on a device, which may multiply bfloat16."""
+        monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+        train = importlib.import_module('train')
+
+        def wrapper(dtype: str, device: str, multiplies: bool = True) -> dict:
+            monkeypatch.setattr(train, 'get_device', lambda: device)
+            monkeypatch.setattr(train, 'multiplies_bfloat16', lambda: multiplies)
+            cfg = Config.fromfile(DETECTION)
+            before = copy.deepcopy(cfg.optim_wrapper)
+            train.use_mixed_precision(cfg, dtype)
+            assert cfg.optim_wrapper.optimizer == before.optimizer
+            return {name: value for name, value in cfg.optim_wrapper.items() if before.get(name) != value}
+
+        return wrapper
+
+    @pytest.mark.parametrize(
+        ('dtype', 'expected'),
+        [
+            ('auto', dict(loss_scale='dynamic')),
+            ('float16', dict(loss_scale='dynamic', dtype='float16')),
+            ('bfloat16', dict(loss_scale=1.0, dtype='bfloat16')),
+        ],
+    )
+    def test_on_a_gpu(self, wrapper, dtype, expected):
+        assert wrapper(dtype, 'cuda') == dict(type='AmpOptimWrapper', **expected)
+        assert expected.keys() <= inspect.signature(AmpOptimWrapper.__init__).parameters.keys()
+
+    @pytest.mark.parametrize('dtype', ['auto', 'bfloat16'])
+    def test_on_a_processor(self, wrapper, dtype):
+        assert wrapper(dtype, 'cpu') == dict(type='CpuAmpOptimWrapper')
         with pytest.raises(SystemExit, match=r'^--amp needs an accelerator or a processor with AVX512-BF16 or AMX'):
-            train.use_mixed_precision(cfg)
+            wrapper(dtype, 'cpu', multiplies=False)
+
+    def test_float16_is_not_for_processors(self, wrapper):
+        with pytest.raises(SystemExit, match=r'^--amp float16 is for accelerators: on a CPU take --amp bfloat16$'):
+            wrapper('float16', 'cpu')
 
 
 def test_usage_errors_are_argparse_s(tmp_path):

@@ -23,7 +23,7 @@ from repvit_mm.deploy.benchmark.backbones import PRECISIONS, build, measure_rout
 from repvit_mm.deploy.benchmark.charts import draw_bars, draw_variants
 from repvit_mm.deploy.benchmark.report import describe_machine, show, write_json
 from repvit_mm.deploy.benchmark.routes import ROUTES, LeftOut, WrongRoute
-from repvit_mm.deploy.benchmark.training import measure_iterations, measure_steps
+from repvit_mm.deploy.benchmark.training import measure_iterations, measure_steps, measure_traffic
 from repvit_mm.deploy.benchmark.worker import WorkerError
 from repvit_mm.deploy.graph import ExportError
 from repvit_mm.deploy.load import input_size
@@ -40,6 +40,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     train = commands.add_parser('train', help='a step, forward and backward, of backbones: plain against folded')
     train.add_argument('--amp', action='store_true', help='automatic mixed precision')
     train.add_argument('--channels-last', action='store_true', help='channels of a pixel side by side in memory')
+
+    train.add_argument(
+        '--traffic',
+        action='store_true',
+        help='count operations and the bytes that elementwise ones move, in float32 and mixed precision; time nothing',
+    )
 
     model = commands.add_parser('model', help='a whole detector or segmentor: in torch and as exported files')
     model.add_argument('config', help='config file of MMDetection or MMSegmentation')
@@ -117,12 +123,15 @@ def benchmark_backbone(args: argparse.Namespace, device: torch.device) -> dict[s
 def benchmark_train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """A step of each variant with frozen statistics, forward and backward, plain against folded."""
     rows: list[dict[str, Any]] = []
-    precision = 'mixed precision' if args.amp else 'float32'
+    precision = 'both precisions' if args.traffic else 'mixed precision' if args.amp else 'float32'
     conditions = f'forward and backward, {args.size[0]}x{args.size[1]}, {precision} on {device}'
     for name in choose(args.archs):
         network = build(name, device, norm_eval=True).train()
         for batch in args.batch:
-            new = measure_steps(name, network, batch, args.size, args.rounds, args.amp, args.channels_last)
+            if args.traffic:
+                new = measure_traffic(name, network, batch, args.size)
+            else:
+                new = measure_steps(name, network, batch, args.size, args.rounds, args.amp, args.channels_last)
             show(f'{name}, {conditions}', new)
             rows += new
     draw_bars(args.out_dir / 'train.png', conditions, rows)

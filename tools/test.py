@@ -17,6 +17,7 @@ from _launch import (
     lost_processes_told,
 )
 from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
 
 from repvit_mm.checkpoint import CheckpointError, trust
 from repvit_mm.compat.mmcv import ties_in_order
@@ -25,6 +26,7 @@ from repvit_mm.deploy.load import plain_datasets
 from repvit_mm.deploy.metadata import TASKS
 from repvit_mm.deploy.runtimes import RuntimeFileError, is_exported
 from repvit_mm.hooks import FusionError
+from repvit_mm.precision import HALF, PrecisionError, check_dtype
 
 METRICS = {
     'mmdet': ('metric', ('bbox', 'segm', 'proposal', 'proposal_fast')),
@@ -46,6 +48,11 @@ def parse_args() -> argparse.Namespace:
         f"segmentation: {' '.join(METRICS['mmseg'][1])} (default: the config's)",
     )
     parser.add_argument('--fuse', action='store_true', help='fuse the backbone for deployment before the test')
+    parser.add_argument(
+        '--dtype',
+        choices=HALF,
+        help='compute in half precision; float16 needs an accelerator. With --fuse kernels are folded before rounding',
+    )
     parser.add_argument(
         '--out', help='save the predictions: a .pkl file for detection, a folder of PNGs for segmentation'
     )
@@ -160,13 +167,28 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         augment_tests(cfg)
     if args.ties_in_order and cfg.default_scope != 'mmdet':
         sys.exit('--ties-in-order is for a detector: a segmentor sorts nothing')
-    hooks = ['WholeCheckpointHook', 'FuseOnDeployHook'] if args.fuse else ['WholeCheckpointHook']
-    cfg.custom_hooks = [*cfg.get('custom_hooks', []), *(dict(type=hook) for hook in hooks)]
+    hooks = [dict(type='WholeCheckpointHook')]
+    if args.fuse:
+        hooks.append(dict(type='FuseOnDeployHook'))
+    if args.dtype:
+        warn_of_dtype(args.dtype)
+        hooks.append(dict(type='HalfPrecisionHook', dtype=args.dtype))
+    cfg.custom_hooks = [*cfg.get('custom_hooks', []), *hooks]
+
+
+def warn_of_dtype(dtype: str) -> None:
+    """Say what speaks against ``--dtype`` here; exits with one line where it makes no sense."""
+    try:
+        warning = check_dtype(dtype, get_device())
+    except PrecisionError as error:
+        sys.exit(f'--dtype {dtype}: {error}')
+    if warning:
+        print(f'warning: --dtype {dtype}: {warning}', file=sys.stderr)
 
 
 def take_file(cfg: Config, args: argparse.Namespace) -> None:
     """Put an exported file into the config; exits with one line where the two do not fit."""
-    for option in ('fuse', 'tta', 'ties_in_order'):
+    for option in ('fuse', 'dtype', 'tta', 'ties_in_order'):
         if getattr(args, option):
             sys.exit(f'--{option.replace("_", "-")} is for a checkpoint: {args.checkpoint} is an exported file')
     if args.launcher != 'none':

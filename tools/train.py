@@ -23,6 +23,7 @@ from mmengine.runner import find_latest_checkpoint
 from repvit_mm.checkpoint import CheckpointError, read_checkpoint, trust
 from repvit_mm.compat.pytorch import multiplies_bfloat16
 from repvit_mm.hooks import NonFiniteError
+from repvit_mm.precision import HALF
 from repvit_mm.resume import Stopped
 
 
@@ -37,7 +38,14 @@ def parse_args() -> argparse.Namespace:
         metavar='PATH',
         help='go on from a checkpoint of this config; without PATH from the latest one in the work folder',
     )
-    parser.add_argument('--amp', action='store_true', help='train with automatic mixed precision')
+    parser.add_argument(
+        '--amp',
+        nargs='?',
+        const='auto',
+        choices=['auto', *HALF],
+        metavar='|'.join(HALF),
+        help='train with automatic mixed precision; by itself in float16 on an accelerator, in bfloat16 on a CPU',
+    )
     parser.add_argument(
         '--auto-scale-lr', action='store_true', help="scale the learning rate to this run's total batch size"
     )
@@ -65,7 +73,7 @@ def parse_args() -> argparse.Namespace:
 def apply_options(cfg: Config, args: argparse.Namespace) -> None:
     """Put the command line into the config; exits with one line where the two do not fit."""
     if args.amp:
-        use_mixed_precision(cfg)
+        use_mixed_precision(cfg, args.amp)
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             sys.exit("--auto-scale-lr: the config has no auto_scale_lr.base_batch_size, the recipe's total batch size")
@@ -90,10 +98,20 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
             check_resumable(cfg.load_from)
 
 
-def use_mixed_precision(cfg: Config) -> None:
-    """Train in float16 with loss scaling on an accelerator, in bfloat16 on a CPU that multiplies it."""
+def use_mixed_precision(cfg: Config, dtype: str) -> None:
+    """Put ``--amp`` into the config's optimizer wrapper; exits with one line where the device is not made for it.
+
+    Args:
+        cfg: The config.
+        dtype: A name in ``HALF``, or ``'auto'``: the device's own, float16 on a GPU and bfloat16 on a CPU.
+    """
     if get_device() != 'cpu':
-        cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
+        # bfloat16 has the range of float32: there is nothing to scale.
+        cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale=1.0 if dtype == 'bfloat16' else 'dynamic')
+        if dtype != 'auto':
+            cfg.optim_wrapper.dtype = dtype
+    elif dtype == 'float16':
+        sys.exit('--amp float16 is for accelerators: on a CPU take --amp bfloat16')
     elif multiplies_bfloat16():
         cfg.optim_wrapper.type = 'CpuAmpOptimWrapper'
     else:

@@ -15,12 +15,16 @@ from torch.nn.modules import module as modules
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm
 
+# The one way to see every operation that runs, those of the backward pass too.
+from torch.utils._python_dispatch import TorchDispatchMode
+
 # Tensors compare element by element, so the weak dictionaries of the standard library cannot hold them as keys.
 from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
     'BatchNorm',
     'InstanceNorm',
+    'TorchDispatchMode',
     'WeakTensorKeyDictionary',
     'any_row_count',
     'children_of',

@@ -1,6 +1,5 @@
 """Inference of backbones by every route, each of which gives the same maps."""
 
-import copy
 import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -84,7 +83,7 @@ def measure_routes(
         reference = plain_copy(network, stack)
         with torch.backends.cudnn.flags(allow_tf32=False):
             expected = reference(images)
-        source = Source(name, copy.deepcopy(network).to(dtype), images.to(dtype))
+        source = Source(name, network, images.to(dtype))
         deployed = fused_copy(source)
         macs = {'plain': count_macs(reference, images[:1]), 'fused': count_macs(deployed, source.images[:1])}
 

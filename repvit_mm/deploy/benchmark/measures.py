@@ -1,9 +1,15 @@
-"""What a network takes: multiply-accumulates, parameters, and the memory of its tensors."""
+"""What a network takes: multiply-accumulates, parameters, the memory of its tensors, and what it moves to and fro."""
+
+from collections.abc import Iterable
+from math import prod
+from typing import Any
 
 import torch
 from mmengine.analysis import FlopAnalyzer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from ...compat.pytorch import TorchDispatchMode
 from ..timing import Run
 
 MATRIX_SIZE = {'cpu': 2048, 'cuda': 8192}
@@ -78,3 +84,56 @@ def saved_bytes(run: Run, network: nn.Module) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
     return sum(storage.nbytes() for storage in storages.values())
+
+
+CONVOLUTIONS = ('convolution', '_convolution_pointwise')
+PRODUCTS = (
+    *CONVOLUTIONS,
+    'convolution_backward',
+    'mm',
+    'addmm',
+    'bmm',
+    'baddbmm',
+    '_scaled_dot_product_flash_attention_for_cpu',
+    '_scaled_dot_product_flash_attention_for_cpu_backward',
+)
+"""Operations whose arithmetic counts, not what they move."""
+WRITING = ('copy_', 'fill_', 'zero_')
+"""Operations that change a tensor in place without reading it."""
+
+
+class Traffic(TorchDispatchMode):
+    """Within it every operation counts, and the bytes that the elementwise ones read and write.
+
+    Whatever is no convolution, no matrix product and no view counts as elementwise: sums, norms, activations, their
+    gradients and conversions too. Each is a pass over its operands, which is what it costs where memory is the limit.
+    """
+
+    operations = 0
+    elementwise_bytes = 0
+    bias_bytes = 0
+    """What the biases of convolutions would add, each as one more pass over the output: torch adds them so behind
+    cuDNN's convolutions, inside the one operation."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if func.is_view or 'empty' in name or name == '_unsafe_view':
+            return outputs
+        self.operations += 1
+        if name in PRODUCTS:
+            if name in CONVOLUTIONS and args[2] is not None:
+                self.bias_bytes += 2 * bytes_of([outputs])
+            return outputs
+        shape_only = name.startswith('new_') or name.endswith('_like') or name in WRITING
+        self.elementwise_bytes += bytes_of([args[1:] if shape_only else args, kwargs, outputs])
+        return outputs
+
+
+def bytes_of(values: Iterable[Any]) -> int:
+    """The bytes of all tensors in nested lists, tuples and dictionaries; an expanded one counts as what it repeats."""
+    return sum(
+        tensor.element_size() * prod(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step)
+        for tensor in tree_leaves(list(values))
+        if isinstance(tensor, Tensor)
+    )

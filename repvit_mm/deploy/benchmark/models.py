@@ -14,6 +14,7 @@ from mmengine.config import Config
 from torch import nn
 
 from ...messages import one_line
+from ...precision import check_dtype
 from ...reparam import reparam_blocks, switch_to_deploy
 from ..export import EXPORTERS, Exportable, Options, export, random_images, resized
 from ..graph import ExportError
@@ -32,6 +33,7 @@ FORMS = {
     'plain': dict(fold_frozen=False, recompute=False, channels_last=False),
     'folded': {},
     'fused': {},
+    'fused_bf16': {},
 }
 """Name of a route in torch -> the options of its backbone: ``plain`` runs the branches, as others would."""
 
@@ -100,6 +102,9 @@ class Bench:
             LeftOut: if the route cannot be taken.
         """
         if route in FORMS:
+            half = 'bfloat16' if route == 'fused_bf16' else None
+            if half and (warning := check_dtype(half, self.device.type)):
+                raise LeftOut(warning)
             cfg = copy.deepcopy(self.cfg)
             cfg.model.backbone.update(FORMS[route])
             path = self.folder / f'{route}.py'
@@ -107,7 +112,8 @@ class Bench:
             return {
                 'config': str(path),
                 'weights': str(self.weights),
-                'fuse': route == 'fused',
+                'fuse': route in ('fused', 'fused_bf16'),
+                'half': half,
                 'device': str(self.device),
                 'task': TASKS[cfg.default_scope],
                 **self.common,
@@ -116,22 +122,29 @@ class Bench:
             raise LeftOut('measured on the CPU only')
         if route in self.files:
             return {'file': str(self.files[route]), **self.common}
+        file = FILES[route]
+        file.check()
         try:
-            path = self.float_file(FILES[route].target)
-            return {'file': str(self.int8_file(path) if FILES[route].int8 else path), **self.common}
+            path = self.float_file(file.target, file.precision == 'bfloat16')
+            return {'file': str(self.int8_file(path) if file.precision == 'int8' else path), **self.common}
         except (ExportError, RuntimeFileError) as error:
             raise LeftOut(one_line(error)) from None
 
-    def float_file(self, target: str) -> Path:
+    def float_file(self, target: str, bf16: bool = False) -> Path:
         """The exported file, which was compared with the model; made once.
+
+        Args:
+            target: A key of ``EXPORTERS``.
+            bf16: Whether it shall compute in bfloat16.
 
         Raises:
             ExportError: if it cannot be made, or if it is not the model.
         """
         exporter = EXPORTERS[target]
-        path = self.folder / f'{target}{exporter.suffix}'
+        path = self.folder / f'{target}{"_bf16" if bf16 else ""}{exporter.suffix}'
         if not path.exists():
-            options = Options(sizes=(self.images.shape[2:],), dynamic=len(self.images) > 1 and exporter.dynamic)
+            dynamic = len(self.images) > 1 and exporter.dynamic
+            options = Options(sizes=(self.images.shape[2:],), dynamic=dynamic, bf16=bf16)
             export(Exportable.prepare(self.fused, self.cfg, None, target, options), path, list(self.images), rounds=0)
         return path
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...backbone import ReparamBackbone
 from ...messages import one_line
+from ...precision import check_dtype
 from ...reparam import plain_formulation, switch_to_deploy
 from ..export import EXPORTERS, Options, write_file
 from ..graph import BackboneGraph, ExportError, Preprocess
@@ -26,6 +27,9 @@ from ..metadata import FileInfo
 from ..quantize import quantize_file
 from ..runtimes import RuntimeFileError, open_file
 from ..verify import TOLERANCES, relative_error
+
+BFLOAT16_TOLERANCE = TOLERANCES['bfloat16'].maps
+"""Relative L2 error of a map in bfloat16."""
 
 
 class LeftOut(Exception):
@@ -42,8 +46,8 @@ class Source:
 
     Args:
         name: Class and variant, as in 'RepViT:m1_1'.
-        network: The unfused network in ``eval`` mode; routes copy it.
-        images: The input ``(N, 3, H, W)``, of the network's device and dtype.
+        network: The unfused network in ``eval`` mode, in float32; routes copy it.
+        images: The input ``(N, 3, H, W)`` on the network's device, of the dtype to compute in.
     """
 
     name: str
@@ -90,19 +94,19 @@ def plain_copy(network: nn.Module, stack: ExitStack) -> nn.Module:
     return twin
 
 
-def fused_copy(source: Source) -> nn.Module:
-    """The package's own deployed network."""
-    return switch_to_deploy(copy.deepcopy(source.network))
+def fused_copy(source: Source, dtype: torch.dtype | None = None) -> nn.Module:
+    """The package's own deployed network, rounded to a dtype once it is fused; to that of the images unless given."""
+    return switch_to_deploy(copy.deepcopy(source.network)).to(dtype or source.images.dtype)
 
 
 def plain(source: Source, stack: ExitStack) -> Route:
     """Unfused, branch by branch."""
-    return without_shortcuts(plain_copy(source.network, stack), source.images)
+    return without_shortcuts(plain_copy(source.network, stack).to(source.images.dtype), source.images)
 
 
 def folded(source: Source, stack: ExitStack) -> Route:
     """Unfused, evaluated with folded kernels."""
-    return of(copy.deepcopy(source.network), source.images)
+    return of(copy.deepcopy(source.network).to(source.images.dtype), source.images)
 
 
 def fused_plain(source: Source, stack: ExitStack) -> Route:
@@ -115,6 +119,30 @@ def fused(source: Source, stack: ExitStack) -> Route:
     return of(fused_copy(source), source.images)
 
 
+def fused_bf16(source: Source, stack: ExitStack) -> Route:
+    """Fused, then in bfloat16."""
+    network = bfloat16_copy(source)
+    return Route(lambda: network(source.images.bfloat16()), network, tolerance=BFLOAT16_TOLERANCE)
+
+
+def compiled_bf16(source: Source, stack: ExitStack) -> Route:
+    """Fused, then in bfloat16, then compiled."""
+    network = bfloat16_copy(source)
+    run = compile_network(network, stack)
+    return Route(lambda: run(source.images.bfloat16()), network, tolerance=BFLOAT16_TOLERANCE)
+
+
+def bfloat16_copy(source: Source) -> nn.Module:
+    """The deployed network in bfloat16.
+
+    Raises:
+        LeftOut: where that is slower than float32.
+    """
+    if warning := check_dtype('bfloat16', source.images.device.type):
+        raise LeftOut(warning)
+    return fused_copy(source, torch.bfloat16)
+
+
 def channels_last(source: Source, stack: ExitStack) -> Route:
     """Fused, with the channels of each pixel side by side in memory."""
     if source.images.device.type == 'cpu':
@@ -125,16 +153,24 @@ def channels_last(source: Source, stack: ExitStack) -> Route:
 
 def compiled(source: Source, stack: ExitStack) -> Route:
     """Fused and compiled by torch.compile for this one shape."""
-    if source.images.device.type == 'cuda':
+    network = fused_copy(source)
+    run = compile_network(network, stack)
+    return Route(lambda: run(source.images), network)
+
+
+def compile_network(network: nn.Module, stack: ExitStack) -> Callable[[Tensor], Sequence[Tensor]]:
+    """What torch.compile makes of a network for the shape that it gets first.
+
+    Raises:
+        LeftOut: if there is no compiler.
+    """
+    if next(network.parameters()).device.type == 'cuda':
         optional('triton')
     elif not shutil.which(os.environ.get('CXX', 'g++')):
         raise LeftOut('torch.compile needs a C++ compiler')
     # torch compiles one function a few times only and then, without a word, no more.
-    torch.compiler.reset()
     stack.callback(torch.compiler.reset)
-    network = fused_copy(source)
-    run = torch.compile(network, dynamic=False)
-    return Route(lambda: run(source.images), network)
+    return torch.compile(network, dynamic=False)
 
 
 def timm(source: Source, stack: ExitStack) -> Route:
@@ -157,23 +193,25 @@ class FileRoute:
 
     Args:
         target: A key of :data:`~repvit_mm.deploy.export.EXPORTERS`.
-        int8: Whether the file is quantized; one for ONNX or OpenVINO can be.
+        precision: What it computes in, a key of :data:`~repvit_mm.deploy.verify.TOLERANCES`. A file for ONNX or
+            OpenVINO may be quantized to int8, one for OpenVINO may compute in bfloat16.
     """
 
     target: str
-    int8: bool = False
+    precision: str = 'float32'
 
-    @property
-    def precision(self) -> str:
-        """What the file computes in."""
-        return 'int8' if self.int8 else 'float32'
+    def check(self) -> None:
+        """Raise a :class:`LeftOut` where the processor does not multiply bfloat16, if the file wants that."""
+        if self.precision == 'bfloat16' and (warning := check_dtype('bfloat16', 'cpu')):
+            raise LeftOut(warning)
 
 
 FILES = {
     'onnxruntime': FileRoute('onnx'),
-    'onnxruntime_int8': FileRoute('onnx', int8=True),
+    'onnxruntime_int8': FileRoute('onnx', 'int8'),
     'openvino': FileRoute('openvino'),
-    'openvino_int8': FileRoute('openvino', int8=True),
+    'openvino_bf16': FileRoute('openvino', 'bfloat16'),
+    'openvino_int8': FileRoute('openvino', 'int8'),
     'executorch': FileRoute('executorch'),
     'torchscript': FileRoute('torchscript'),
     'torch_export': FileRoute('torch_export'),
@@ -185,17 +223,18 @@ def exported(name: str, source: Source, stack: ExitStack) -> Route:
     """The exported graph of the deployed backbone, in the file's own runtime."""
     route = FILES[name]
     if source.images.device.type != 'cpu' or source.images.dtype != torch.float32:
-        raise LeftOut('measured on the CPU in float32 only')
+        raise LeftOut('measured on the CPU, from float32 only')
+    route.check()
     images = source.images.numpy()
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     path = folder / f'backbone{EXPORTERS[route.target].suffix}'
     graph = BackboneGraph(fused_copy(source).requires_grad_(False), Preprocess()).eval()
     graph.size = images.shape[2:]
     info = FileInfo('backbone', graph.outputs)
-    options = Options('backbone', (graph.size,))
+    options = Options('backbone', (graph.size,), bf16=route.precision == 'bfloat16')
     try:
         write_file(graph, info, route.target, path, options, len(images))
-        if route.int8:
+        if route.precision == 'int8':
             path = quantized(path, [images])
         runtime = open_file(path, torch.get_num_threads())
     except (ExportError, RuntimeFileError) as error:
@@ -223,8 +262,10 @@ ROUTES: dict[str, Callable[[Source, ExitStack], Route]] = {
     'folded': folded,
     'fused_plain': fused_plain,
     'fused': fused,
+    'fused_bf16': fused_bf16,
     'channels_last': channels_last,
     'compiled': compiled,
+    'compiled_bf16': compiled_bf16,
     'timm': timm,
     **{name: partial(exported, name) for name in FILES},
 }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...reparam import reparam_blocks
 from ..timing import Run, interleave
 from ..verify import relative_error
-from .measures import peak_bytes, saved_bytes
+from .measures import Traffic, peak_bytes, saved_bytes
 from .report import times
 from .routes import LeftOut, Route, WrongRoute, check, plain_copy
 from .synthetic import synthetic_samples
@@ -25,6 +25,9 @@ In float32 rounding carries a few activations across the kink of a ReLU, which a
 
 MAP_TOLERANCE = 1e-4
 """Largest relative L2 error of a map, folded against plain, in float32."""
+
+TRAFFIC = ('operations', 'elementwise_bytes', 'bias_bytes')
+"""What is counted of a training step."""
 
 CHECKED_SIDE = 64
 """Of the image on which gradients are compared: convolutions in float64 are slow."""
@@ -62,6 +65,32 @@ def measure_steps(
         check_gradients(name, networks, images)
         steps = {route: training_step(twin, images, amp) for route, twin in networks.items()}
         return measure_training(name, networks, steps, batch, rounds, images.device)
+
+
+def measure_traffic(name: str, network: nn.Module, batch: int, size: tuple[int, int]) -> list[dict[str, Any]]:
+    """The rows of what a training step moves, plain and folded, in float32 and in mixed precision. Nothing is timed.
+
+    Args:
+        name: Of the rows.
+        network: The backbone in ``train`` mode with frozen statistics.
+        batch: How many images a step takes.
+        size: Their height and width in pixels.
+    """
+    images = torch.randn(batch, 3, *size, device=next(network.parameters()).device)
+    rows = []
+    with ExitStack() as stack:
+        networks = {'plain': plain_copy(network, stack), 'folded': network}
+        for amp in (False, True):
+            precision = 'mixed' if amp else 'float32'
+            for route, twin in networks.items():
+                step = training_step(twin, images, amp)
+                with Traffic() as traffic:
+                    step()
+                row = {'name': f'{name} {precision}', 'batch': batch, 'route': route}
+                rows.append(row | {field: getattr(traffic, field) for field in TRAFFIC})
+    for row, plain in zip(rows, [row for row in rows if row['route'] == 'plain' for _ in networks], strict=True):
+        row['times_plain'] = row['elementwise_bytes'] / plain['elementwise_bytes']
+    return rows
 
 
 def training_step(network: nn.Module, images: Tensor, amp: bool) -> Run:

@@ -39,8 +39,9 @@ class Worker:
 
     Args:
         task: What the process gets ready: either ``file``, the path of an exported file, or ``config``, ``weights``
-            (paths), ``fuse`` (a bool), ``device`` and the model's ``task``; in both cases ``threads`` and ``images``,
-            the path of an ``.npy`` file ``(N, 3, H, W)``, RGB, from 0 to 255.
+            (paths), ``fuse`` (a bool), ``half`` (a name in :data:`~repvit_mm.precision.HALF`, or ``None``), ``device``
+            and the model's ``task``; in both cases ``threads`` and ``images``, the path of an ``.npy`` file
+            ``(N, 3, H, W)``, RGB, from 0 to 255.
 
     Raises:
         WorkerError: if the route cannot be made ready.
@@ -138,6 +139,7 @@ def torch_route(task: Mapping[str, Any]) -> Ready:
     import torch
     from mmengine.config import Config
 
+    from ...precision import HALF, compute_in
     from ..load import build_model, fuse_model
     from ..verify import framework_results
     from .measures import peak_bytes
@@ -147,6 +149,8 @@ def torch_route(task: Mapping[str, Any]) -> Ready:
     model.load_state_dict(torch.load(task['weights'], weights_only=True))
     device = torch.device(task['device'])
     model = (fuse_model(model) if task['fuse'] else model).to(device)
+    if task['half']:
+        compute_in(model, HALF[task['half']])
     images = np.load(task['images'])
 
     def run() -> None:

@@ -1,0 +1,108 @@
+"""Whole models that compute in half precision where they are evaluated."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from mmengine.utils import apply_to
+from torch import Tensor, nn
+
+from .compat.pytorch import multiplies_bfloat16
+from .reparam import reparam_blocks
+
+HALF = {'bfloat16': torch.bfloat16, 'float16': torch.float16}
+"""Name -> dtype of half the size of float32."""
+
+
+class PrecisionError(ValueError):
+    """A device does not compute in a dtype; the message is one line that says what to do."""
+
+
+def check_dtype(dtype: str, device: str) -> str:
+    """Whether a device is made for a dtype.
+
+    Args:
+        dtype: A name in ``HALF``.
+        device: A device type, as ``mmengine.device.get_device`` gives it.
+
+    Returns:
+        What to warn of, in one line; mostly nothing.
+
+    Raises:
+        PrecisionError: for float16 on a CPU, which takes several times as long as float32.
+    """
+    if device == 'cpu':
+        if dtype == 'float16':
+            raise PrecisionError('float16 is for accelerators, a CPU takes several times as long: take bfloat16')
+        if not multiplies_bfloat16():
+            return 'this processor has neither AVX512-BF16 nor AMX: bfloat16 is slower than float32 on it'
+    elif device == 'cuda' and dtype == 'bfloat16' and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return 'this GPU does not multiply bfloat16: float16 is faster on it'
+    return ''
+
+
+def lowered(function: Callable[..., Any], device: str, dtype: torch.dtype, keep: bool = False) -> Callable[..., Any]:
+    """A function that runs under autocast and gives its maps in float32.
+
+    Args:
+        function: What takes and gives tensors, in lists, tuples or dictionaries too.
+        device: The device type that it runs on.
+        dtype: The dtype to compute in.
+        keep: Leave the maps in the dtype that they have.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device, dtype):
+            outputs = function(*args, **kwargs)
+        if keep:
+            return outputs
+        return apply_to(outputs, lambda value: isinstance(value, Tensor) and value.dtype is dtype, Tensor.float)
+
+    return run
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Let backbone, neck and heads of a whole model compute in half precision, in place. It is for evaluation alone.
+
+    Each of them runs under autocast. What stands between and behind them stays in float32: RoIAlign, the decoding of
+    boxes and non-maximum suppression, for which mmcv has no bfloat16 on a CPU and in which half precision moves boxes.
+    The layers of backbone and neck are rounded once. What is still to be folded is not: kernels are folded before they
+    are rounded.
+
+    Args:
+        model: A detector or a segmentor in ``eval`` mode, fused or not, on the device that it will run on.
+        dtype: The dtype.
+
+    Returns:
+        The same model.
+    """
+    device = next(model.parameters()).device.type
+    into_necks = {module.backbone for module in model.modules() if getattr(module, 'neck', None) is not None}
+    for name, part in _parts(model):
+        if name in ('backbone', 'neck'):
+            _round_layers(part, dtype)
+        # MMSegmentation calls forward() itself, which passes hooks by.
+        part.forward = lowered(part.forward, device, dtype, keep=part in into_necks)
+    return model
+
+
+def _parts(module: nn.Module, name: str = '') -> Iterator[tuple[str, nn.Module]]:
+    """Backbones, necks and the innermost heads, each with its name."""
+    if name in ('backbone', 'neck'):
+        yield name, module
+        return
+    is_list = isinstance(module, nn.ModuleList)
+    inner = [part for own, child in module.named_children() for part in _parts(child, name if is_list else own)]
+    yield from inner
+    if name.endswith('head') and not (inner or is_list):
+        yield name, module
+
+
+def _round_layers(part: nn.Module, dtype: torch.dtype) -> None:
+    """Round convolutions and linear layers, as autocast would in each pass; none that belongs to a block."""
+    unfused = {module for block in reparam_blocks(part) for module in block.modules()}
+    for module in part.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and module not in unfused:
+            module.to(dtype)
