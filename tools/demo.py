@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _launch import TOOLS, ToolError, read_config, run_test, run_tool
+from _launch import TOOLS, ToolError, read_config, run_test, run_tool, start
 from rich.console import Console
 from rich.table import Table
 
@@ -206,4 +206,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    start(main)
