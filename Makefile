@@ -4,7 +4,7 @@ PYTHON ?= python3
 STACK ?= openmmlab
 VENV := $(if $(filter openmmlab,$(STACK)),.venv,.venv-$(STACK))
 
-.PHONY: setup demo test test-oldest lint
+.PHONY: setup demo test torture test-oldest lint
 
 setup:
 	@$(PYTHON) tools/setup_env.py $(STACK)
@@ -15,6 +15,10 @@ demo: setup
 # ARGS goes to pytest: make test ARGS='-k fusion -m "not slow"'
 test: setup
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+# Tries to break the package for a quarter of an hour, and counts what was lost: docs/reliability.md
+torture: setup
+	$(VENV)/bin/python -m pytest tests/torture --torture $(ARGS)
 
 # The lowest versions that the package accepts, without mmcv's compiled operators. Needs 6 GB for a torch with CUDA.
 test-oldest:

@@ -93,6 +93,29 @@ class RunningStatisticsKept:
                 setattr(norm, name, buffer)
 
 
+def check_channels(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Look at whether a model's neck, or the head of a model without one, takes the maps of a backbone of this package.
+
+    Args:
+        model: The model.
+        config: What it was built from.
+
+    Raises:
+        ValueError: if the numbers of channels differ; the message is one line that names the setting.
+    """
+    backbone = getattr(model, 'backbone', None)
+    part = next((name for name in ('neck', 'decode_head') if isinstance(config.get(name), Mapping)), '')
+    wanted = config[part].get('in_channels') if part else None
+    if not isinstance(backbone, ReparamBackbone) or not isinstance(wanted, Sequence):
+        return
+    given = list(backbone.out_channels)
+    index = config[part].get('in_index')
+    if part == 'decode_head' and isinstance(index, Sequence):
+        given = [given[i] for i in index if i < len(given)]
+    if list(wanted) != given:
+        raise ValueError(f'model.{part}.in_channels is {list(wanted)}, the backbone gives maps of {given} channels')
+
+
 def run_block(block: nn.Module, x: Tensor, with_cp: bool) -> Tensor:
     """A block's output; with checkpointing the block runs again in the backward pass and keeps its input alone."""
     if not (with_cp and torch.is_grad_enabled()):
@@ -312,7 +335,12 @@ class ReparamBackbone(BaseModule, ABC):
         Returns:
             For each stage ``i`` in ``out_indices`` a map ``(N, C_i, ceil(H / s), ceil(W / s))`` in the input's memory
             format, ``s`` the smaller one of ``4 * 2 ** i`` and ``output_stride``.
+
+        Raises:
+            ValueError: if BatchNorm is to learn statistics from a single value.
         """
+        if self.training and x.numel() <= 3 * self.output_stride**2:
+            self._check_statistics(x)
         learns = torch.is_grad_enabled()
         if not runs_eagerly() or (learns and not self._runs_folded()):
             return self._maps(x)
@@ -322,6 +350,17 @@ class ReparamBackbone(BaseModule, ABC):
             # With checkpointing, a block's second run has to do what its first one did.
             with nullcontext() if learns and self.with_cp else kernels_together(self):
                 return self._maps(x)
+
+    def _check_statistics(self, x: Tensor) -> None:
+        """Refuse a single small image whose last map has one place, if a BatchNorm there takes its statistics."""
+        if any(norm.training for norm in self.stages[-1].modules() if isinstance(norm, BatchNorm)):
+            stride = min(4 * 2 ** (len(self.stages) - 1), self.output_stride)
+            height, width = x.shape[-2:]
+            if max(height, width) <= stride:
+                raise ValueError(
+                    f'one image of {width}x{height} pixels leaves BatchNorm a single value per channel to learn from: '
+                    'train with more than one image, with larger ones, or with norm_eval=True'
+                )
 
     def _maps_in_channels_last(self, x: Tensor) -> tuple[Tensor, ...]:
         """The maps in the input's memory format, computed in channels_last.

@@ -1,14 +1,50 @@
 """How errors are told in one line."""
 
+import logging
+import signal
+import sys
 import textwrap
+import traceback
+from collections.abc import Callable
 
 
-def one_line(error: Exception, longest: int = 1000) -> str:
+def one_line(error: BaseException, longest: int = 1000) -> str:
     """An exception's message on one line, with its type where the message alone would not say much.
 
     Args:
-        error: The exception.
+        error: The exception. Of one that a data loader's worker raised the message holds the worker's traceback: what
+            stands at its end is taken.
         longest: Length in characters beyond which the message is cut off.
     """
-    text = textwrap.shorten(str(error), longest, placeholder=' ...')
+    text = str(error)
+    if text.startswith('Caught ') and 'Original Traceback' in text:
+        text = text.strip().splitlines()[-1]
+    text = textwrap.shorten(text, longest, placeholder=' ...')
     return text if len(text) > 20 else f'{type(error).__name__}: {text}'
+
+
+def start(main: Callable[[], None]) -> None:
+    """Run a program; what it did not expect is told in one line too.
+
+    Args:
+        main: What reads the command line, without ``--debug``. With it there is a traceback before the one line.
+
+    Raises:
+        SystemExit: unless all goes well.
+    """
+    debug = '--debug' in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != '--debug']
+    logging.raiseExceptions = debug  # or a log on a full disk would print a traceback for each of its lines
+    try:
+        main()
+    except SystemExit as stop:
+        if debug and stop.__context__ is not None:
+            traceback.print_exception(stop.__context__)
+        raise
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        sys.exit(f'{one_line(error)} (--debug shows where)')

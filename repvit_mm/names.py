@@ -131,12 +131,12 @@ def repvit_stage_lengths(names: Iterable[str]) -> list[int]:
             last = max(last, int(match[1]))
             if match[2]:
                 downsamples.add(int(match[1]))
-        elif match := re.match(r'stages\.(\d+)\.(blocks\.)?(\d+)\.', name):
+        elif match := re.match(r'stages\.(\d+)\.(blocks\.|downsample\.)?(\d+)?', name):
             lengths = timm if match[2] else ours
-            lengths[int(match[1])] = max(lengths.get(int(match[1]), 0), int(match[3]) + 1)
+            lengths[int(match[1])] = max(lengths.get(int(match[1]), 0), int(match[3] or -1) + 1)
     if timm:
-        # timm counts the last block of stages 0 to 2 as a part of the downsample that follows.
-        return [timm[stage] + (stage > 0) + (stage < max(timm)) for stage in sorted(timm)]
+        # timm counts the last block of stages 0 to 2 as a part of the downsample that follows: nothing else may be left.
+        return [timm.get(stage, 0) + (stage > 0) + (stage < max(timm)) for stage in range(max(timm) + 1)]
     if ours:
         return [ours[stage] for stage in sorted(ours)]
     borders = [1, *sorted(downsamples), last + 1]

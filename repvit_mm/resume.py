@@ -27,6 +27,7 @@ from .compat.openmmlab import (
 )
 from .compat.pytorch import draw_indices
 from .files import UNFINISHED, write_whole
+from .fingerprint import changed, fingerprints
 
 
 def random_state() -> dict[str, Any]:
@@ -84,6 +85,8 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
     renamed. ``last_checkpoint`` follows the checkpoint in the same way, and only then are outdated files removed. What
     a killed run left unfinished is removed as the next one in the folder begins.
 
+    A checkpoint's ``meta`` holds a fingerprint of the annotations. A resumed run says if they are others now.
+
     The states of the random number generators ride in a checkpoint's ``random_state``, a list with an item for each
     process. Validation leaves the generators as it found them: a resumed run does not repeat the validation that
     followed its checkpoint. With a seed and without worker processes, a resumed run thus repeats one that was never
@@ -91,13 +94,16 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
     :class:`ResumableEpochBasedTrainLoop` and :class:`ResumableIterBasedTrainLoop`.
     """
 
+    annotations: dict[str, str] | None = None
+    loaded_annotations: dict[str, str] | None = None
     loaded_states: Sequence[dict[str, Any]] = ()
     resumed_state: dict[str, Any] | None = None
     training_state: dict[str, Any] | None = None
     saved_states: list[dict[str, Any]] | None = None
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Remember the random states of a checkpoint, which the run may go on from or merely start with."""
+        """Remember what a checkpoint, which the run may go on from or merely start with, says of its run."""
+        self.loaded_annotations = checkpoint.get('meta', {}).get('annotations')
         self.loaded_states = checkpoint.get('random_state', ())
 
     def before_train(self, runner: Runner) -> None:
@@ -109,6 +115,7 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
             for folder in {runner.work_dir, self.out_dir}:
                 for unfinished in Path(folder).glob(f'*{UNFINISHED}'):
                     unfinished.unlink()
+            self.check_annotations(runner)
         loop = runner.train_loop
         if isinstance(loop, IterBasedTrainLoop) and loop.iter and not isinstance(loop, ResumableIterBasedTrainLoop):
             runner.logger.warning(
@@ -118,6 +125,17 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
         if runner.iter > 0:
             self.choose_state(runner)
         self.after_fast_forward(runner)
+
+    def check_annotations(self, runner: Runner) -> None:
+        """Remember what the annotations are, and say if a resumed run has begun with others."""
+        dataloader = getattr(runner.train_loop, 'dataloader', None)
+        self.annotations = fingerprints(getattr(dataloader, 'dataset', None))
+        if runner.iter > 0 and self.loaded_annotations is not None:
+            for path in changed(self.loaded_annotations, self.annotations):
+                runner.logger.warning(
+                    f'{path} has changed since the checkpoint was saved: the run goes on with what it holds now, and '
+                    'ends in other weights than a run that was never stopped'
+                )
 
     def choose_state(self, runner: Runner) -> None:
         """Take this process's random state out of those of the checkpoint that the run goes on from."""
@@ -152,9 +170,10 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
         self.saved_states = None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Add the random states."""
+        """Add the random states and the fingerprint."""
         if self.saved_states is not None:
             checkpoint['random_state'] = self.saved_states
+            checkpoint['meta']['annotations'] = self.annotations
 
 
 @LOOPS.register_module()

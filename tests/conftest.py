@@ -1,4 +1,5 @@
 import logging
+import random
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,6 +11,19 @@ from repvit_mm.backbone import ReparamBackbone
 
 # The maps of the tests are too small to share between threads: handing them over costs more than it saves.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup('torture', 'what tests/torture does')
+    group.addoption('--torture', action='store_true', help='the long half too, and a table of what was tried')
+    group.addoption(
+        '--torture-seed', type=int, metavar='N', help='repeats a run (default: 0, with --torture a new one)'
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.torture_seed is None:  # the workers of pytest-xdist are handed what is drawn here
+        config.option.torture_seed = random.SystemRandom().randrange(10**6) if config.option.torture else 0
 
 
 @pytest.fixture(autouse=True)

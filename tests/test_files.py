@@ -1,5 +1,6 @@
 """Files that are there whole or not at all."""
 
+import errno
 import os
 
 import pytest
@@ -28,3 +29,12 @@ def test_what_was_there_stays_if_writing_fails(tmp_path, monkeypatch, error, bef
     with pytest.raises(error):
         write_whole(path, b'content')
     assert {found.name: found.read_bytes() for found in tmp_path.iterdir()} == ({'file': before} if before else {})
+
+
+def test_full_disk_is_told_with_the_name_of_the_file(tmp_path, monkeypatch):
+    def fail(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, 'fsync', fail)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/file'"):
+        write_whole(tmp_path / 'file', b'content')

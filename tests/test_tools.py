@@ -326,7 +326,7 @@ WRONG = {
     'out of a segmentor': (['test.py', SEGMENTATION, 'exists.pth', '--out', 'x.pkl'], ['--out x.pkl', 'folder']),
     'unknown arch': (
         ['train.py', DETECTION, '--cfg-options', 'model.backbone.arch=m1_2'],
-        ["arch='m1_2'", "nearest is 'm1_", 'log_level=DEBUG'],
+        ["arch='m1_2'", "nearest is 'm1_", '--debug shows where'],
     ),
     'unknown option of the backbone': (
         ['train.py', DETECTION, '--cfg-options', 'model.backbone.norm_evil=True'],

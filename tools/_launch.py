@@ -9,7 +9,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,16 +21,22 @@ warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
 import torch  # noqa: E402
 from mmengine.config import Config, DictAction  # noqa: E402
 from mmengine.device import get_device  # noqa: E402
+from mmengine.logging import MMLogger  # noqa: E402
 from mmengine.registry import RUNNERS  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
 try:
+    from repvit_mm.backbone import check_channels
     from repvit_mm.checkpoint import CheckpointError, check_file, download
     from repvit_mm.compat.pytorch import lost_process
     from repvit_mm.data_check import DataError, check_config, check_readable
     from repvit_mm.data_check.paths import is_there, wanted_paths
     from repvit_mm.deploy.metadata import TASKS
-    from repvit_mm.messages import one_line
+    from repvit_mm.deploy.runtimes import RuntimeFileError
+    from repvit_mm.hooks import FusionError, NonFiniteError
+    from repvit_mm.messages import one_line, start  # noqa: F401
+    from repvit_mm.resume import Stopped
+    from repvit_mm.samples import SampleError, name_samples
 except ImportError as error:
     sys.exit(f'{error} (a checkout is installed by: pip install -e .)')
 
@@ -172,26 +178,43 @@ def build_runner(cfg: Config, *loops: str) -> Runner:
         cfg.setdefault(
             'model_wrapper_cfg', dict(wrapper, find_unused_parameters=cfg.get('find_unused_parameters', False))
         )
+    name_samples()
     try:
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        check_channels(runner.model, cfg.model)
         for loop in loops:
             getattr(runner, loop)  # the runner builds a loop as it is first asked for
         return runner
+    except OSError as error:
+        sys.exit(f'the run cannot begin: {one_line(error)} (--debug shows where)')
     except Exception as error:
-        if logging.getLevelName(cfg.get('log_level', 'INFO')) == logging.DEBUG:
-            traceback.print_exc()
-        sys.exit(f'the config cannot be built: {one_line(error)} (--cfg-options log_level=DEBUG shows where)')
+        sys.exit(f'the config cannot be built: {one_line(error)} (--debug shows where)')
 
 
 @contextmanager
-def lost_processes_told(advice: str) -> Iterator[None]:
-    """Exit with one line, which ends with the advice, if another process of the job has ended or does not answer."""
+def failures_told(advice: Callable[[], str]) -> Iterator[None]:
+    """Exit with one line if a run fails, and leave the traceback in its log.
+
+    Args:
+        advice: Gives the end of the line: where the run can go on.
+    """
     try:
         yield
-    except RuntimeError as error:
-        if not lost_process(error):
-            raise
-        sys.exit(f'another process of this job has ended or does not answer; {advice} ({one_line(error, 200)})')
+    except Stopped:
+        raise
+    except (CheckpointError, FusionError, NonFiniteError, RuntimeFileError) as error:
+        sys.exit(str(error))
+    except Exception as error:
+        for handler in MMLogger.get_current_instance().handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.handle(logging.makeLogRecord(dict(levelno=logging.ERROR, msg=traceback.format_exc())))
+        if isinstance(error, SampleError):
+            text = f'{error} (tools/check_data.py CONFIG reads every file)'
+        elif lost_process(error):
+            text = f'another process of this job has ended or does not answer ({one_line(error, 200)})'
+        else:
+            text = f'{one_line(error)} (--debug shows where)'
+        sys.exit(f'{text}; {advice()}')
 
 
 def check_data(cfg: Config, *splits: str) -> None:

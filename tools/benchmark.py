@@ -14,6 +14,7 @@ from _launch import (
     check_measuring_arguments,
     prepare_measuring,
     read_config,
+    start,
 )
 from mmengine.config import DictAction
 
@@ -185,4 +186,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    start(main)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import cv2
-from _launch import check_data, read_config
+from _launch import check_data, read_config, start
 from mmengine.config import Config, DictAction
 from rich.console import Console
 from rich.progress import track
@@ -110,4 +110,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    start(main)

@@ -10,7 +10,7 @@ from pathlib import Path
 from repvit_mm.checkpoint import CheckpointError, read_checkpoint, trust
 from repvit_mm.conversion import content_of, convert, metadata_of, to_pth, to_safetensors
 from repvit_mm.files import write_whole
-from repvit_mm.messages import one_line
+from repvit_mm.messages import one_line, start
 from repvit_mm.names import WHOSE
 
 
@@ -92,4 +92,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    start(main)

@@ -8,7 +8,7 @@ from typing import Any
 
 import cv2
 import torch
-from _launch import TOOLS, ToolError, read_config, run_test, run_tool
+from _launch import TOOLS, ToolError, read_config, run_test, run_tool, start
 from rich.console import Console
 from rich.table import Table
 
@@ -232,4 +232,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    start(main)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from _launch import check_checkpoint, read_config
+from _launch import check_checkpoint, read_config, start
 from mmengine.config import DictAction
 
 from repvit_mm.checkpoint import CheckpointError, trust
@@ -112,4 +112,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    start(main)

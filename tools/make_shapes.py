@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from rich.progress import track
 
 from repvit_mm.datasets.shapes import write_shapes
+from repvit_mm.messages import start
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,4 +30,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    start(main)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 try:
     from repvit_mm.logs import LogError, draw_runs, read_run
+    from repvit_mm.messages import start
 except ImportError as error:
     sys.exit(f'{error} (a checkout is installed by: pip install -e .)')
 
@@ -34,4 +35,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    start(main)

@@ -19,6 +19,7 @@ try:
     from repvit_mm.deploy.results import ResultFolder
     from repvit_mm.deploy.runtimes import RUNTIMES, RuntimeFileError
     from repvit_mm.deploy.sources import Source, SourceError, find_sources
+    from repvit_mm.messages import start
 except ImportError as error:
     sys.exit(f"{error} (this tool needs: pip install 'repvit_mm[runtime]', in a checkout: pip install -e '.[runtime]')")
 try:
@@ -169,4 +170,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    start(main)

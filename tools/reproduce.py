@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from _launch import TOOLS, ToolError, run_test
+from _launch import TOOLS, ToolError, run_test, start
 from rich.console import Console
 from rich.table import Table
 
@@ -139,4 +139,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    start(main)

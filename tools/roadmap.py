@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _launch import add_measuring_arguments, check_measuring_arguments, prepare_measuring
+from _launch import add_measuring_arguments, check_measuring_arguments, prepare_measuring, start
 from torch import Tensor, nn
 
 from repvit_mm import RepViTRoadmapClassifier, switch_to_deploy
@@ -95,4 +95,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    start(main)

@@ -13,19 +13,19 @@ from _launch import (
     check_checkpoint,
     check_data,
     check_test_annotations,
+    failures_told,
     load_config,
-    lost_processes_told,
+    start,
 )
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 
-from repvit_mm.checkpoint import CheckpointError, trust
+from repvit_mm.checkpoint import trust
 from repvit_mm.compat.mmcv import ties_in_order
 from repvit_mm.deploy.evaluate import MismatchError, put_file
 from repvit_mm.deploy.load import plain_datasets
 from repvit_mm.deploy.metadata import TASKS
 from repvit_mm.deploy.runtimes import RuntimeFileError, is_exported
-from repvit_mm.hooks import FusionError
 from repvit_mm.precision import HALF, PrecisionError, check_dtype
 
 METRICS = {
@@ -208,12 +208,9 @@ def main() -> None:
     check_test_annotations(cfg)
     runner = build_runner(cfg, 'test_loop')
     order = ties_in_order() if args.ties_in_order else nullcontext()
-    try:
-        with order, lost_processes_told('test again'):
-            runner.test()
-    except (CheckpointError, FusionError, RuntimeFileError) as error:
-        sys.exit(str(error))
+    with order, failures_told(lambda: 'nothing was measured'):
+        runner.test()
 
 
 if __name__ == '__main__':
-    main()
+    start(main)

@@ -11,9 +11,10 @@ from _launch import (
     check_annotations,
     check_checkpoint,
     check_data,
+    failures_told,
     load_config,
-    lost_processes_told,
     prepare_pretrained,
+    start,
 )
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -22,7 +23,6 @@ from mmengine.runner import find_latest_checkpoint
 
 from repvit_mm.checkpoint import CheckpointError, read_checkpoint, trust
 from repvit_mm.compat.pytorch import multiplies_bfloat16
-from repvit_mm.hooks import NonFiniteError
 from repvit_mm.precision import HALF
 from repvit_mm.resume import Stopped
 
@@ -144,6 +144,12 @@ def check_resumable(path: str) -> None:
         )
 
 
+def where_to_go_on(work_dir: str) -> str:
+    """What to do once a run that failed can go on."""
+    latest = find_latest_checkpoint(work_dir)
+    return f'--resume goes on from {latest}' if latest else 'no checkpoint was saved before'
+
+
 def main() -> None:
     """Train."""
     args = parse_args()
@@ -153,9 +159,9 @@ def main() -> None:
         check_data(cfg, 'train', 'val')
         if not args.skip_data_check:
             check_annotations(cfg, args.config, 'train', 'val')
-        with lost_processes_told('--resume goes on from the latest checkpoint'):
+        with failures_told(lambda: where_to_go_on(cfg.work_dir)):
             train(cfg, args.pretrained)
-    except (CheckpointError, NonFiniteError) as error:
+    except CheckpointError as error:
         sys.exit(str(error))
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
@@ -171,4 +177,4 @@ def train(cfg: Config, pretrained: str | None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    start(main)

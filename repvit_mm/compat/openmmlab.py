@@ -7,10 +7,13 @@ written anew, and what their subclasses may change is a public method of its own
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import mmengine.runner.checkpoint
 from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.dataset import BaseDataset
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
@@ -35,6 +38,31 @@ def replace_reader_of_addresses(reader: Callable) -> None:
     The registered readers of ``torchvision://``, ``open-mmlab://``, ``mmcls://`` and the like call it by this name.
     """
     mmengine.runner.checkpoint.load_from_http = reader
+
+
+def watch_samples(explain: Callable[[Any, Exception], Exception], check: Callable[[Any, Any], None]) -> None:
+    """Look at each sample that a data set of MMEngine hands out, in every process that is forked from this one.
+
+    What a pipeline raises often does not name the file; a data set has no place where that could be added.
+
+    Args:
+        explain: Makes of what is known of a sample, and of what its pipeline raised, the exception that is raised.
+        check: Called with what is known of a training sample, and with the sample.
+    """
+    if hasattr(BaseDataset.prepare_data, '__wrapped__'):
+        return  # done already
+
+    @wraps(BaseDataset.prepare_data)
+    def prepare_data(self: BaseDataset, index: int) -> Any:
+        try:
+            sample = prepare_data.__wrapped__(self, index)
+        except Exception as error:  # a pipeline may raise anything
+            raise explain(self.get_data_info(index), error) from error
+        if not self.test_mode:
+            check(self.get_data_info(index), sample)
+        return sample
+
+    BaseDataset.prepare_data = prepare_data
 
 
 def iterator_within(batches: Iterator, dataloader: DataLoader) -> Iterator:

@@ -14,7 +14,7 @@ from ..deploy.sources import UnreadableError, read_image
 from ..messages import one_line
 from .heads import segmentation_heads, wrong_heads
 from .paths import datasets_of, is_there
-from .records import DataError, ImageRecord, build_lazily, load_coco, read_records, reads_coco_files
+from .records import DataError, ImageRecord, build_lazily, read_records
 from .report import Report, count, some
 
 QUICK_IMAGES = 64
@@ -56,16 +56,21 @@ def check_config(
 
 
 def check_readable(cfg: Mapping[str, Any], *splits: str) -> None:
-    """Look only at whether the splits' annotation files in COCO's format can be read.
+    """Look only at whether the splits' annotations can be read, and whether the images are there.
 
     Raises:
-        DataError: if one of them cannot, or a data set cannot be built.
+        DataError: if not, or if a data set cannot be built.
     """
     for split in splits:
         for name, config in datasets_of(cfg, split):
-            dataset = build_lazily(cfg, config, name)
-            if reads_coco_files(dataset):
-                load_coco(dataset.ann_file, annotated=False)
+            records = read_records(build_lazily(cfg, config, name), Report(name, str(config.get('type'))), masks=False)
+            found = Report(name)
+            if not records:
+                found.error(f'{name} has no image')
+            elif not config.get('backend_args'):
+                check_files(records, found)
+            if found.errors:
+                raise DataError(found.errors[0])
 
 
 def check_dataset(cfg: Mapping[str, Any], name: str, config: Any, quick: bool, progress: Progress) -> Report:

@@ -177,5 +177,7 @@ def predict_all(
                         add_frame(image, see(image))
                         yield Step(source, number, film.length)
         except UnreadableError as error:
-            results.skip(str(error))
-            yield Step(source, problem=str(error))
+            # What prepares an image does not know its name.
+            problem = str(error) if source.name in str(error) else f'{source.name} {error}'
+            results.skip(problem)
+            yield Step(source, problem=problem)

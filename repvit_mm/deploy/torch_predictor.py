@@ -10,9 +10,11 @@ from mmengine.dataset import Compose
 from mmengine.device import get_device
 from mmengine.registry import DefaultScope
 
+from ..messages import one_line
 from .load import class_names, fuse_model, load_model, read_checkpoint, test_dataset
 from .metadata import TASKS
 from .prediction import Detections, LabelMap, Prediction
+from .sources import UnreadableError
 
 
 class ModelPredictor:
@@ -41,7 +43,16 @@ class ModelPredictor:
             self.pipeline = image_pipeline(test_dataset(cfg).pipeline)
 
     def __call__(self, image: np.ndarray) -> Prediction:
-        data = self.pipeline({'img': image, 'img_id': 0})
+        """What is seen in an image ``(H, W, 3)``, uint8, BGR, in its own pixels.
+
+        Raises:
+            UnreadableError: if the config's test pipeline cannot prepare it.
+        """
+        try:
+            data = self.pipeline({'img': image, 'img_id': 0})
+        except Exception as error:  # a pipeline may raise anything
+            size = f'{image.shape[1]}x{image.shape[0]}'
+            raise UnreadableError(f'of {size} pixels cannot be prepared for the model: {one_line(error)}') from error
         with torch.no_grad():
             (sample,) = self.model.test_step({key: [value] for key, value in data.items()})
         if self.task == 'segmentation':

@@ -63,17 +63,18 @@ def mutate(whole: bytes, generator: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize('form', ['zip', 'legacy', 'safetensors'])
-@pytest.mark.parametrize('count', [100, pytest.param(2000, marks=pytest.mark.slow)])
-def test_damaged_file_is_read_or_refused_in_one_line(tmp_path, form, count):
+@pytest.mark.parametrize('count', [100, pytest.param(2000, marks=pytest.mark.torture)])
+def test_damaged_file_is_read_or_refused_in_one_line(tmp_path, tried, torture_seed, form, count):
     path = tmp_path / ('a.safetensors' if form == 'safetensors' else 'a.pth')
     whole = content(form)
     path.write_bytes(whole)
     expected = read_checkpoint(path)
     assert expected
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    generator = random.Random(f'{form} {count}')
+    generator = random.Random(f'{form} {count} {torture_seed}')
     read = 0
     for number in range(count):
+        tried()
         damaged = mutate(whole, generator)
         path.write_bytes(damaged)
         try:
