@@ -1,3 +1,4 @@
+import copy
 import logging
 from collections.abc import Callable, Iterator
 
@@ -5,6 +6,7 @@ import pytest
 import torch
 from helpers import SMALL, randomize
 from mmengine.logging import MMLogger
+from mmengine.registry import DefaultScope
 
 from repvit_mm.backbone import ReparamBackbone
 
@@ -23,6 +25,15 @@ def trusted(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     files: set[str] = set()
     monkeypatch.setattr('repvit_mm.checkpoint.TRUSTED', files)
     return files
+
+
+@pytest.fixture
+def scope_restored() -> Iterator[None]:
+    """For tests that leave another library's scope behind."""
+    before = copy.copy(DefaultScope._instance_dict)
+    yield
+    DefaultScope._instance_dict.clear()
+    DefaultScope._instance_dict.update(before)
 
 
 @pytest.fixture(params=SMALL)
