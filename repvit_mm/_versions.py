@@ -16,6 +16,9 @@ FRAMEWORKS = {
     'mmseg': (('mmsegmentation', 'onedl-mmsegmentation'), '1.2.2', '2.0.0'),
 }
 
+DISTRIBUTIONS = tuple(name for names, *_ in FRAMEWORKS.values() for name in names)
+"""The names of all of them, those of the forks among them."""
+
 NEEDED = ('torch', 'mmengine')
 """Without these an exported file can be run, and nothing else."""
 

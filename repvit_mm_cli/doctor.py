@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,14 +21,16 @@ SECONDS = 180
 """After which a library that is being imported is given up."""
 
 REBUILD = (
-    'build mmcv for this torch: pip uninstall mmcv, then '
-    'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir mmcv'
+    'build mmcv for this torch: pip uninstall {0}, then '
+    'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir {0}'
 )
 
 EXPORT = ('onnx', 'onnxruntime', 'openvino', 'nncf', 'coremltools', 'executorch')
 TOOLS = ('supervision', 'cv2', 'rich', 'pycocotools', 'sahi', 'tensorboard', 'shtab')
 PIP = {'cv2': 'opencv-python-headless', 'mmseg': 'mmsegmentation', 'pkg_resources': '"setuptools<81"'}
 """Module -> what pip calls it, where that is something else."""
+FORK = 'onedl-'
+"""What the names of the maintained forks begin with: they are distributions of the same modules."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,16 @@ def is_absent(found: dict[str, Any], module: str) -> bool:
     return 'error' in found and found['error'].startswith('ModuleNotFoundError') and found.get('absent') == module
 
 
-def module_line(module: str, found: dict[str, Any], needed: bool) -> Line:
-    """What to say of a module that was imported."""
-    install = f'pip install {PIP.get(module, module)}'
+def names_for_pip(table: ModuleType | None) -> dict[str, str]:
+    """Module -> what pip calls it, where that is something else: beside one of the forks, each framework is a fork."""
+    frameworks = table.FRAMEWORKS if table else {}
+    forks = {module: name for module, (names, *_) in frameworks.items() for name in names if name.startswith(FORK)}
+    return {**PIP, **forks} if any(map(has_distribution, forks.values())) else PIP
+
+
+def module_line(module: str, found: dict[str, Any], needed: bool, names: Mapping[str, str] = PIP) -> Line:
+    """What to say of a module that was imported, if these are pip's names."""
+    install = f'pip install {names.get(module, module)}'
     if is_absent(found, module):
         return Line('broken' if needed else 'absent', module, 'not installed', install if needed else '')
     if 'error' in found:
@@ -138,19 +147,19 @@ def distribution_lines(table: ModuleType) -> Iterable[Line]:
                 yield Line('broken', module, f'{name} {version}', f'pip install "{name}>={first},<{beyond}"')
 
 
-def operator_line(found: dict[str, Any]) -> Line:
-    """What to say of mmcv's compiled operators."""
-    name = 'mmcv operators'
+def operator_line(found: dict[str, Any], mmcv: str = 'mmcv') -> Line:
+    """What to say of mmcv's compiled operators, if pip calls it so."""
+    name, rebuild = 'mmcv operators', REBUILD.format(mmcv)
     if 'error' in found:
         text = reason(found)
         if "No module named 'mmcv._ext'" in found['error']:
             text = 'mmcv was installed without them'
         elif 'undefined symbol' in found['error']:
             text = f'mmcv was built for another torch: {text}'
-        return Line('broken', name, text, REBUILD)
+        return Line('broken', name, text, rebuild)
     built, torch_cuda = str(found['cuda']), found['torch_cuda']
     if torch_cuda and built.split('.')[0] != torch_cuda.split('.')[0]:
-        return Line('broken', name, f'built for CUDA {built}, torch for CUDA {torch_cuda}', REBUILD)
+        return Line('broken', name, f'built for CUDA {built}, torch for CUDA {torch_cuda}', rebuild)
     return Line('ok', name, 'load and run' + (f', CUDA {built}' if torch_cuda else ' on the CPU'))
 
 
@@ -208,8 +217,9 @@ def examine(config: str | None = None) -> Iterable[Line]:
             return jobs[name].result()
 
         def line(name: str, needed: bool) -> Line:
-            return module_line(name, found(name), needed)
+            return module_line(name, found(name), needed, names)
 
+        table = None
         if folder:
             try:
                 table = version_table(folder)
@@ -218,6 +228,7 @@ def examine(config: str | None = None) -> Iterable[Line]:
                 yield Line('broken', 'versions', f'{folder} is not whole: {type(error).__name__}: {error}', cure)
             else:
                 yield from distribution_lines(table)
+        names = names_for_pip(table)
         yield line('torch', needed=True)
         if 'devices' in found('torch'):
             yield Line('ok', 'devices', '; '.join(found('torch')['devices']))
@@ -226,7 +237,7 @@ def examine(config: str | None = None) -> Iterable[Line]:
         tasks = there['mmdet'] or there['mmseg']
         yield line('mmcv', needed=tasks)
         if there['mmcv']:
-            yield operator_line(found('operators'))
+            yield operator_line(found('operators'), names.get('mmcv', 'mmcv'))
         scope = found('config').get('scope') if 'config' in jobs else None
         for name in ('mmdet', 'mmseg'):
             yield line(name, needed=name == scope)
@@ -235,7 +246,7 @@ def examine(config: str | None = None) -> Iterable[Line]:
                 'absent',
                 'tasks',
                 'neither mmdet nor mmseg is installed',
-                "pip install 'repvit_mm[det]' or 'repvit_mm[seg]'",
+                "pip install 'repvit_mm[openmmlab]', or 'repvit_mm[onedl]' for the maintained forks",
             )
         yield line('repvit_mm', needed=True)
         yield line('safetensors', needed=True)

@@ -1,3 +1,4 @@
+import copy
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -6,6 +7,7 @@ import pytest
 import torch
 from helpers import SMALL, randomize
 from mmengine.logging import MMLogger
+from mmengine.registry import DefaultScope
 
 from repvit_mm.backbone import ReparamBackbone
 
@@ -37,6 +39,15 @@ def trusted(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     files: set[str] = set()
     monkeypatch.setattr('repvit_mm.checkpoint.TRUSTED', files)
     return files
+
+
+@pytest.fixture
+def scope_restored() -> Iterator[None]:
+    """For tests that leave another library's scope behind."""
+    before = copy.copy(DefaultScope._instance_dict)
+    yield
+    DefaultScope._instance_dict.clear()
+    DefaultScope._instance_dict.update(before)
 
 
 @pytest.fixture(params=SMALL)

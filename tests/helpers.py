@@ -1,13 +1,16 @@
 """What several test files share. A further family joins the whole suite by its rows in the tables here."""
 
+import importlib
 import json
 import runpy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +19,7 @@ from repvit_mm import FastViT, MobileOne, RepViT, switch_to_deploy
 from repvit_mm.backbone import ReparamBackbone
 from repvit_mm.fastvit import LargeKernelConv, PositionEncoding, RepMixer
 from repvit_mm.layers import ChannelLinear, ConvBN, LayerScale, MobileOneBlock, NormLinear, dilate
+from repvit_mm.messages import one_line
 from repvit_mm.reparam import reparam_blocks
 from repvit_mm.repvit import TokenMixer
 
@@ -133,6 +137,14 @@ FAMILIES = [
         residual=False,
     ),
 ]
+
+
+def imported(name: str) -> ModuleType:
+    """A module, or the reason why the test is skipped."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # one of its own needs may be built for another torch, say
+        pytest.skip(f'{name} cannot be imported here: {one_line(error, 120)}')
 
 
 def family_of(cls: type[ReparamBackbone]) -> Family:

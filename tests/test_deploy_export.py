@@ -14,6 +14,7 @@ import torch
 from small_models import ROOT, small_config, small_model
 from test_deploy_graph import images
 
+from repvit_mm._versions import FRAMEWORKS
 from repvit_mm.deploy import coreml
 from repvit_mm.deploy.export import EXPORTERS, Exportable, Options, build_graph, check_options, export, trials
 from repvit_mm.deploy.graph import ExportError
@@ -83,6 +84,7 @@ def test_file_says_what_it_is(tmp_path):
     assert info.mean == pytest.approx((123.675, 116.28, 103.53))
     assert info.scale == (192, 192) and info.keep_ratio and info.scale_divisor == 32
     assert {'torch', 'onnx', 'onnxruntime'} <= set(info.versions)
+    assert set(info.versions) & set(FRAMEWORKS['mmengine'][0])  # a fork's under its own name
     stored = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     assert json.loads(stored[KEY])['task'] == 'segmentation'
 

@@ -146,28 +146,41 @@ def test_two_processes_are_one_that_averages_gradients(tmp_path, kind):
     assert 0 < alone[metric] != part[metric]
 
 
-KILLER = """
-import os, signal
+TROUBLE = """
+import os, signal, time
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 
 @HOOKS.register_module()
-class Killer(Hook):
+class Trouble(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if (runner.iter, runner.rank) == (2, 1):
-            os.kill(os.getpid(), signal.SIGKILL)
+            {}
 """
+ENDS = {
+    # torchrun names the process that it was.
+    'killed': ('os.kill(os.getpid(), signal.SIGKILL)', [], 'Signal 9 (SIGKILL) received by PID'),
+    # torchrun ends a process by SIGTERM, and else half a minute later by SIGKILL.
+    'hanging': (
+        'signal.signal(signal.SIGTERM, signal.SIG_DFL), time.sleep(600)',
+        ['--cfg-options', 'env_cfg.dist_cfg.timeout=10'],
+        'Timed out waiting 10000ms',
+    ),
+}
+"""What one of two processes does, the options of the run, and what is said of it."""
 
 
 @pytest.mark.slow
-def test_killed_process_ends_the_other(tmp_path):
+@pytest.mark.parametrize('case', ENDS)
+def test_process_that_is_lost_ends_the_other(tmp_path, case):
+    what, options, reason = ENDS[case]
     prepare(tmp_path, segmentor())
-    (tmp_path / 'killer.py').write_text(KILLER)
+    (tmp_path / 'trouble.py').write_text(TROUBLE.format(what))
     (tmp_path / 'config.py').write_text(
         "_base_ = 'two.py'\n"
-        "custom_imports = dict(imports=['repvit_mm', 'killer'])\n"
-        "custom_hooks = [dict(type='Killer')]\n"
+        "custom_imports = dict(imports=['repvit_mm', 'trouble'])\n"
+        "custom_hooks = [dict(type='Trouble')]\n"
     )
     environment = {
         **os.environ,
@@ -176,9 +189,9 @@ def test_killed_process_ends_the_other(tmp_path):
         'OMP_NUM_THREADS': '1',
         'PORT': str(free_port()),
     }
-    command = [ROOT / 'tools/dist_train.sh', 'config.py', '2', '--work-dir', 'killed']
+    command = [ROOT / 'tools/dist_train.sh', 'config.py', '2', '--work-dir', 'lost', *options]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert 'another process of this job has ended or does not answer ([' in done.stderr
-    assert 'Signal 9 (SIGKILL) received by PID' in done.stderr  # torchrun names the one that it was
+    assert reason in done.stderr
     assert '[rank0]: ' not in done.stderr  # no traceback of the other

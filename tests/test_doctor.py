@@ -119,13 +119,13 @@ def test_operators_that_do_not_fit_torch(stubs, monkeypatch, cuda, torch_cuda, k
     stub(stubs, 'torch', TORCH.format(cuda=torch_cuda))
     stub(stubs, 'mmcv/ops', OPERATORS.format(cuda=cuda, kept=kept))
     line = examine(stubs, monkeypatch)['mmcv operators']
-    assert line.mark == 'broken' and expected in line.text and line.cure == doctor.REBUILD
+    assert line.mark == 'broken' and expected in line.text and line.cure == doctor.REBUILD.format('mmcv')
 
 
 def test_operators_of_another_torch(stubs, monkeypatch):
     stub(stubs, 'mmcv/ops', "raise ImportError('_ext.so: undefined symbol: _ZN3c10')")
     line = examine(stubs, monkeypatch)['mmcv operators']
-    assert 'mmcv was built for another torch' in line.text and line.cure == doctor.REBUILD
+    assert 'mmcv was built for another torch' in line.text and line.cure == doctor.REBUILD.format('mmcv')
 
 
 def test_absent_is_broken_only_where_it_is_needed():
@@ -134,6 +134,15 @@ def test_absent_is_broken_only_where_it_is_needed():
     assert doctor.module_line('x', absent, needed=False).mark == 'absent'
     # A part of it, or what it imports, is missing: it is there, and broken.
     assert doctor.module_line('x', dict(absent, absent='x.y'), needed=False).mark == 'broken'
+
+
+def pretend_installed(monkeypatch, distributions: dict[str, str]) -> None:
+    def version(name):
+        if name not in distributions:
+            raise doctor.metadata.PackageNotFoundError(name)
+        return distributions[name]
+
+    monkeypatch.setattr(doctor.metadata, 'version', version)
 
 
 @pytest.mark.parametrize(
@@ -146,15 +155,27 @@ def test_absent_is_broken_only_where_it_is_needed():
     ],
 )
 def test_versions(monkeypatch, installed, expected):
-    def version(name):
-        if name not in installed:
-            raise doctor.metadata.PackageNotFoundError(name)
-        return installed[name]
-
-    monkeypatch.setattr(doctor.metadata, 'version', version)
+    pretend_installed(monkeypatch, installed)
     lines = {line.name: line for line in doctor.distribution_lines(doctor.version_table(ROOT / 'repvit_mm'))}
     assert lines.keys() == expected.keys()
     assert all(lines[name].mark == 'broken' and cure in lines[name].cure for name, cure in expected.items())
+
+
+def test_among_forks_the_cure_is_a_fork(stubs, monkeypatch):
+    shutil.copy(ROOT / 'repvit_mm/_versions.py', stubs / 'repvit_mm/_versions.py')
+    monkeypatch.setattr(doctor, 'package_folder', lambda: stubs / 'repvit_mm')
+    for name in ('mmdet', 'mmseg', 'mmcv/ops'):
+        stub(stubs, name, "raise ImportError('a part is missing')")
+    broken = ('mmdet', 'mmseg', 'mmcv operators')
+    for installed, names in (
+        ({'mmengine': '0.10.7'}, ('mmdet', 'mmsegmentation', 'mmcv')),
+        ({'onedl-mmengine': '0.10.12'}, ('onedl-mmdetection', 'onedl-mmsegmentation', 'onedl-mmcv')),
+    ):
+        pretend_installed(monkeypatch, installed)
+        lines = examine(stubs, monkeypatch)
+        assert {name for name, line in lines.items() if line.mark == 'broken'} == set(broken)
+        for line, name in zip((lines[name] for name in broken), names, strict=True):
+            assert f' {name} ' in f'{line.cure} '
 
 
 def test_a_config_s_data_and_weights():

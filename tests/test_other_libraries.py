@@ -1,38 +1,19 @@
 """MMPretrain's classifiers and MMPose's estimators with our backbones: where those libraries can be imported."""
 
 import copy
-import importlib
-from collections.abc import Iterator
-from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GOLDENS, Golden, image, normalize, relative_error, settle
+from helpers import GOLDENS, Golden, image, imported, normalize, relative_error, settle
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
 from repvit_mm import switch_to_deploy
 from repvit_mm.deploy.load import build_model
-from repvit_mm.messages import one_line
 from repvit_mm.reparam import plain_formulation
 
-
-def imported(name: str) -> ModuleType:
-    """A module, or the reason why the test is skipped."""
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # one of its own needs may be built for another torch, say
-        pytest.skip(f'{name} cannot be imported here: {one_line(error, 120)}')
-
-
-@pytest.fixture(autouse=True)
-def scope_restored() -> Iterator[None]:
-    before = copy.copy(DefaultScope._instance_dict)
-    yield
-    DefaultScope._instance_dict.clear()
-    DefaultScope._instance_dict.update(before)
+pytestmark = pytest.mark.usefixtures('scope_restored')
 
 
 def config(text: str) -> Config:

@@ -1,17 +1,19 @@
 """What `pip install` of this project brings, tried on wheels built from a copy of the checkout."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from email.parser import Parser
+from importlib import metadata as distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from packaging.version import Version
+from packaging.specifiers import SpecifierSet
 
 import repvit_mm
 from repvit_mm._versions import FRAMEWORKS
@@ -175,19 +177,57 @@ def test_nothing_is_installed_beside_the_package(metadata):
     requirements = [Requirement(text) for text in metadata.get_all('Requires-Dist')]
     assert requirements
     assert [str(r) for r in requirements if r.marker is None or r.marker.evaluate({'extra': ''})] == ['safetensors']
-    assert {r.name for r in requirements}.isdisjoint({'torch', 'torchvision', 'mmcv'})
+
+
+def wanted_by(metadata, extra: str) -> dict[str, Requirement]:
+    """What an extra asks for, and what the extras do that it names."""
+    found = {}
+    for requirement in map(Requirement, metadata.get_all('Requires-Dist')):
+        if requirement.marker and requirement.marker.evaluate({'extra': extra}):
+            found[requirement.name] = requirement
+    for other in found.pop('repvit_mm', Requirement('repvit_mm')).extras:
+        found |= wanted_by(metadata, other)
+    return found
+
+
+def test_no_extra_brings_a_torch_or_an_mmcv(metadata):
+    """Nor does what it brings, as far as that is installed here: pip would replace or rebuild what is there."""
+    extras = metadata.get_all('Provides-Extra')
+    assert {'openmmlab', 'onedl', 'runtime'} <= set(extras)
+    pending = {name for extra in extras for name in wanted_by(metadata, extra)}
+    brought = set()
+    while pending:
+        name = pending.pop()
+        brought.add(name)
+        try:
+            needs = map(Requirement, distributions.requires(name) or ())
+        except distributions.PackageNotFoundError:
+            continue
+        pending |= {r.name for r in needs if r.marker is None or r.marker.evaluate({'extra': ''})} - brought
+    assert len(brought) > 10
+    assert brought.isdisjoint({'torchvision', *FRAMEWORKS['torch'][0], *FRAMEWORKS['mmcv'][0]})
 
 
 @pytest.mark.parametrize(('extra', 'module'), [('det', 'mmdet'), ('seg', 'mmseg')])
 def test_extras_want_the_versions_that_the_package_accepts(metadata, extra, module):
-    wanted = [Requirement(text) for text in metadata.get_all('Requires-Dist')]
-    wanted = {r.name: r.specifier for r in wanted if r.marker and r.marker.evaluate({'extra': extra})}
+    wanted = wanted_by(metadata, extra)
     for framework in ('mmengine', module):
         (name, *_), first, beyond = FRAMEWORKS[framework]
-        assert {(s.operator, Version(s.version)) for s in wanted[name]} == {
-            ('>=', Version(first)),
-            ('<', Version(beyond)),
-        }
+        assert wanted[name].specifier == SpecifierSet(f'>={first},<{beyond}')
+
+
+def test_openmmlab_is_both_tasks(metadata):
+    assert wanted_by(metadata, 'openmmlab') == {**wanted_by(metadata, 'det'), **wanted_by(metadata, 'seg')}
+
+
+def test_forks_are_wanted_from_the_versions_on_that_were_run(metadata):
+    pins = dict(re.findall(r'^(onedl-\w+)==(\S+)', (ROOT / 'requirements/onedl.txt').read_text(), re.M))
+    wanted = wanted_by(metadata, 'onedl')
+    for framework in ('mmengine', 'mmdet', 'mmseg'):
+        names, _, beyond = FRAMEWORKS[framework]
+        (name,) = (name for name in names if name in pins)
+        assert wanted.pop(name).specifier == SpecifierSet(f'>={pins[name]},<{beyond}')
+    assert wanted == {}
 
 
 PLAIN = 'plain install'

@@ -131,7 +131,7 @@ class TestWithAFakeLauncher:
     @pytest.mark.parametrize('name', ['bb', 'unreleased'])
     def test_unknown_name_gets_the_nearest(self, compare, name):
         out, said = compare({'a': {'mIoU': 40.6}, 'b': {'mIoU': 40.6}}, {'a': MIOU}, 'a', name)
-        assert said.startswith(f'{name}: no model of the index with weights and results; the nearest is ')
+        assert said.startswith(f'{name}: no model with weights and results; the nearest is ')
         assert out == ''
 
 
@@ -162,6 +162,17 @@ def test_index_that_cannot_be_read(tmp_path, content):
 def test_index_without_released_models(tmp_path):
     with pytest.raises(SystemExit, match='lists no model with Weights and Results'):
         reproduce.main(['--index', str(write_index(tmp_path, {}, {}))])
+
+
+def test_what_several_models_lack_is_said_once(tmp_path, monkeypatch):
+    """Nothing is fetched for a test that cannot run."""
+    monkeypatch.setattr(reproduce, 'fetch', None)
+    monkeypatch.setitem(sys.modules, 'mmpretrain', None)
+    names = ['repvit_m0_9_distill_300e', 'repvit_m0_9_distill_450e']
+    with pytest.raises(SystemExit) as end:
+        reproduce.main([*names, '--imagenet', str(tmp_path), '--work-dir', str(tmp_path)])
+    (said,) = str(end.value).splitlines()
+    assert said.startswith(f'{", ".join(names)}: MMPretrain cannot be imported (') and 'pip install mmpretrain' in said
 
 
 def test_our_own_index():

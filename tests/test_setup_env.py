@@ -19,6 +19,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / 'tools' / 'setup_env.py'
+REQUIREMENTS = [str(path.relative_to(ROOT)) for path in (ROOT / 'requirements').rglob('*.txt')]
 STACKS = [path.stem for path in (ROOT / 'requirements').glob('*.txt')]
 SUFFIX = '-cpython-311-linux-x86_64'
 KEY = f'mmcv2.1.0-torch2.13.0{SUFFIX}'
@@ -43,12 +44,7 @@ def setup_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def checkout(tmp_path: Path) -> Path:
     """A folder with the files that decide what the environment holds."""
     root = tmp_path / 'checkout'
-    for name in (
-        'tools/setup_env.py',
-        'setup.py',
-        'pyproject.toml',
-        *(f'requirements/{stack}.txt' for stack in STACKS),
-    ):
+    for name in ('tools/setup_env.py', 'setup.py', 'pyproject.toml', *REQUIREMENTS):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, root / name)
     return root
@@ -120,20 +116,26 @@ def put(path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ('stack', 'folder', 'mmcv'), [('openmmlab', '.venv', 'mmcv==2.1.0'), ('oldest', '.venv-oldest', '')]
+    ('stack', 'folder', 'mmcv', 'wheel'),
+    [
+        ('openmmlab', '.venv', 'mmcv==2.1.0', 'mmcv2.1.0-torch2.13.0'),
+        ('onedl', '.venv-onedl', 'onedl-mmcv==2.3.6', 'onedl-mmcv2.3.6-torch2.13.0'),
+        ('oldest', '.venv-oldest', '', '-torch2.6.0'),
+    ],
 )
-def test_each_stack_has_a_file_and_a_folder(setup_env, checkout, stack, folder, mmcv):
+def test_each_stack_has_a_file_and_a_folder(setup_env, checkout, stack, folder, mmcv, wheel):
     environment = setup_env.Environment(checkout, stack)
     assert environment.folder == checkout / folder
     assert environment.mmcv == mmcv
+    assert environment.wheel_prefix == wheel
 
 
-def test_stack_of_a_fork_is_a_file(setup_env, checkout):
-    (checkout / 'requirements/onedl.txt').write_text('torch==2.13.0\nonedl-mmcv==2.3.6  # with its operators\n')
-    environment = setup_env.Environment(checkout, 'onedl')
-    assert environment.folder == checkout / '.venv-onedl'
-    assert environment.mmcv == 'onedl-mmcv==2.3.6'
-    assert environment.wheel_prefix == 'onedl-mmcv2.3.6-torch2.13.0'
+def test_files_that_a_stack_takes_in_are_read(setup_env, checkout):
+    assert 'pytest' in setup_env.Environment(checkout, 'onedl').pins
+    (checkout / 'requirements/common/tools.txt').write_text('-r more.txt\n')
+    (checkout / 'requirements/common/more.txt').write_text('thing==1.2  # a thing\n')
+    pins = setup_env.Environment(checkout, 'onedl').pins
+    assert pins['thing'] == '1.2' and 'pytest' not in pins
 
 
 def test_unknown_stack_is_refused(checkout):
@@ -159,7 +161,7 @@ def test_pip_reads_the_stack(setup_env, environment, packages, calls, answers):
     environment.install()
     file = str(environment.requirements)
     assert calls == [
-        ('install', '-c', file, 'torch==2.13.0', 'setuptools', 'wheel', 'ninja', 'psutil'),
+        ('install', 'torch==2.13.0', '-r', str(environment.root / 'requirements/common/build.txt')),
         ('install', '--no-build-isolation', str(wheel), '-r', file, '-e', str(environment.root)),
         ('install', '--no-deps', f'opencv-python-headless=={environment.pins["opencv-python"]}'),
     ]
@@ -281,7 +283,16 @@ def test_environment_that_was_changed_is_put_right(environment, finished, change
     assert environment.is_usable()
 
 
-@pytest.mark.parametrize('name', ['tools/setup_env.py', 'setup.py', 'pyproject.toml', 'requirements/openmmlab.txt'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'tools/setup_env.py',
+        'setup.py',
+        'pyproject.toml',
+        'requirements/openmmlab.txt',
+        'requirements/common/tools.txt',
+    ],
+)
 def test_changed_set_up_is_done_anew(environment, finished, checkout, name):
     with (checkout / name).open('a') as file:
         file.write('\n')

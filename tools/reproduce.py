@@ -1,4 +1,4 @@
-"""Test the released detectors and segmentors and compare with their published figures: python tools/reproduce.py."""
+"""Test the released models and compare with their published figures: python tools/reproduce.py."""
 
 import argparse
 import difflib
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from repvit_mm.checkpoint import CheckpointError, download
+from repvit_mm.imagenet import RELEASED, ImageNetError, check_needs, measure_top1
 from repvit_mm.messages import one_line
 
 METRICS = {'box AP': ('coco/bbox_mAP', 100), 'mask AP': ('coco/segm_mAP', 100), 'mIoU': ('mIoU', 1)}
@@ -24,30 +25,35 @@ TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Entry:
-    """A model of the index that has weights and published figures.
+    """A model that has weights and published figures.
 
     Args:
         name: Its name.
-        config: Path of its config.
         weights: Address of its checkpoint.
         published: Metric -> percentage.
+        config: Path of its config; ``None`` for a classifier.
+        arch: The variant of a classifier.
     """
 
     name: str
-    config: Path
     weights: str
     published: dict[str, float]
+    config: Path | None = None
+    arch: str = ''
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description='Test the released detectors and segmentors, fused, and compare with their published figures. '
-        'Run it where data/coco and data/ade are.'
+        description='Test the released detectors, segmentors and classifiers, fused, and compare with their published '
+        'figures. Run it where data/coco, data/ade and data/imagenet are. Classifiers need MMPretrain.'
     )
-    parser.add_argument('names', nargs='*', metavar='NAME', help='models of the index (default: all with weights)')
+    parser.add_argument('names', nargs='*', metavar='NAME', help='models (default: all that were released)')
     parser.add_argument('--folder', type=Path, help='where the checkpoints lie (default: they are downloaded once)')
-    parser.add_argument('--index', type=Path, default=TOOLS.parent / 'model-index.yml', help='model index')
+    parser.add_argument('--index', type=Path, help="model index (default: this project's, and the classifiers)")
+    parser.add_argument(
+        '--imagenet', type=Path, default=Path('data/imagenet'), help="ImageNet's folder (default: %(default)s)"
+    )
     parser.add_argument(
         '--work-dir', type=Path, default=Path('work_dirs/reproduce'), help='folder for logs (default: %(default)s)'
     )
@@ -63,7 +69,7 @@ def read_index(path: Path) -> dict[str, Entry]:
                 if 'Weights' in model and 'Results' in model:
                     published = {metric: v for result in model['Results'] for metric, v in result['Metrics'].items()}
                     config = path.parent / model['Config']
-                    found[model['Name']] = Entry(model['Name'], config, model['Weights'], published)
+                    found[model['Name']] = Entry(model['Name'], model['Weights'], published, config)
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         sys.exit(f'model index {path} cannot be read: {one_line(error)}')
     if not found:
@@ -71,12 +77,17 @@ def read_index(path: Path) -> dict[str, Entry]:
     return found
 
 
+def classifiers() -> dict[str, Entry]:
+    """The released classifiers, by name."""
+    return {model.name: Entry(model.name, model.weights, {'top-1': model.top1}, arch=model.arch) for model in RELEASED}
+
+
 def choose(entries: dict[str, Entry], names: Sequence[str]) -> list[Entry]:
     """The named models, all without names; exits with one line on an unknown name."""
     for name in names:
         if name not in entries:
             nearest = difflib.get_close_matches(name, entries, n=1, cutoff=0)[0]
-            sys.exit(f'{name}: no model of the index with weights and results; the nearest is {nearest}')
+            sys.exit(f'{name}: no model with weights and results; the nearest is {nearest}')
     return [entries[name] for name in names or entries]
 
 
@@ -94,18 +105,23 @@ def fetch(entry: Entry, folder: Path | None) -> Path:
     return path
 
 
-def test(entry: Entry, checkpoint: Path, folder: Path) -> dict[str, float]:
+def test(entry: Entry, args: argparse.Namespace) -> dict[str, float]:
     """The metrics of a model, fused, in percent.
 
     Raises:
-        ToolError: if the test fails.
+        CheckpointError: if its checkpoint cannot be had or does not fit.
+        ImageNetError, ToolError: if the test fails.
     """
-    scalars = run_test(entry.config, checkpoint, folder, '--fuse')
+    folder = args.work_dir / entry.name
+    if entry.config is None:
+        check_needs(args.imagenet)  # before anything is fetched
+        return {'top-1': measure_top1(entry.arch, fetch(entry, args.folder), args.imagenet, folder)}
+    scalars = run_test(entry.config, fetch(entry, args.folder), folder, '--fuse')
     return {metric: factor * scalars[name] for metric, (name, factor) in METRICS.items() if name in scalars}
 
 
 def compare(entry: Entry, measured: dict[str, float], table: Table) -> list[str]:
-    """Put a model's figures into the table, and return a sentence on each that is not reproduced."""
+    """Put a model's figures into the table, and return what to say of each that is not reproduced."""
     shortcomings = []
     for metric, published in entry.published.items():
         value = measured.get(metric, math.nan)
@@ -114,7 +130,7 @@ def compare(entry: Entry, measured: dict[str, float], table: Table) -> list[str]
         figures = ('-', '-') if math.isnan(value) else (f'{value:.2f}', f'{difference:+.2f}')
         table.add_row(entry.name, metric, f'{published:.1f}', *figures, 'yes' if reproduced else 'no')
         if not reproduced:
-            shortcomings.append(f'{entry.name}: {metric} is {figures[0]}, published {published:.1f}')
+            shortcomings.append(f'{metric} is {figures[0]}, published {published:.1f}')
     return shortcomings
 
 
@@ -124,18 +140,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = Table('model', 'metric', title='Released models, tested fused with the shipped configs, in percent')
     for heading in ('published', 'measured', 'difference', 'reproduced'):
         table.add_column(heading, justify='right')
-    shortcomings = []
-    for entry in choose(read_index(args.index), args.names):
+    entries = read_index(args.index or TOOLS.parent / 'model-index.yml') | ({} if args.index else classifiers())
+    shortcomings: dict[str, list[str]] = {}  # several models may lack the same
+    for entry in choose(entries, args.names):
         try:
-            measured = test(entry, fetch(entry, args.folder), args.work_dir / entry.name)
-        except (CheckpointError, ToolError) as error:
+            found = compare(entry, test(entry, args), table)
+        except (CheckpointError, ImageNetError, ToolError) as error:
             compare(entry, {}, table)
-            shortcomings.append(f'{entry.name}: {error}')
-        else:
-            shortcomings += compare(entry, measured, table)
+            found = [str(error)]
+        for shortcoming in found:
+            shortcomings.setdefault(shortcoming, []).append(entry.name)
     Console().print(table)
     if shortcomings:
-        sys.exit('\n'.join(shortcomings))
+        sys.exit('\n'.join(f'{", ".join(names)}: {shortcoming}' for shortcoming, names in shortcomings.items()))
 
 
 if __name__ == '__main__':

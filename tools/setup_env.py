@@ -103,6 +103,13 @@ def run(failure: str, *command: str | Path, log: Path | None = None, error: type
     return lines
 
 
+def read_requirements(path: Path) -> str:
+    """A requirements file, and behind it those that it takes in."""
+    text = path.read_text()
+    taken_in = (path.parent / name for name in re.findall(r'^-r (\S+)', text, re.M))
+    return '\n'.join([text, *map(read_requirements, taken_in)])
+
+
 class Environment:
     """The environment of a stack, which is a file in the checkout's ``requirements/``."""
 
@@ -111,14 +118,15 @@ class Environment:
         self.folder = root / ('.venv' if stack == 'openmmlab' else f'.venv-{stack}')
         self.python, self.log = self.folder / 'bin' / 'python', self.folder / 'setup.log'
         self.stamp = self.folder / 'repvit_mm.stamp'
-        self.pins = dict(re.findall(r'^([\w-]+)==([^\s;]+)', self.requirements.read_text(), re.M))
+        self.build_requirements = root / 'requirements' / 'common' / 'build.txt'
+        self.pins = dict(re.findall(r'^([\w-]+)==([^\s;]+)', read_requirements(self.requirements), re.M))
         # A fork gives it another name. mmcv-lite has no operators to build.
         self.mmcv = next((f'{name}=={self.pins[name]}' for name in self.pins if re.fullmatch(r'(\w+-)?mmcv', name)), '')
         self.wheel_prefix = f'{self.mmcv.replace("==", "")}-torch{self.pins["torch"]}'
 
     def contents(self) -> set[str]:
         """A digest of what decides on the environment, and the folder of each distribution in it."""
-        digest = hashlib.sha256(str(self.root).encode() + self.requirements.read_bytes())
+        digest = hashlib.sha256(f'{self.root}{read_requirements(self.requirements)}'.encode())
         for name in ('tools/setup_env.py', 'setup.py', 'pyproject.toml'):
             digest.update((self.root / name).read_bytes())
         # An installation that was cut off has no RECORD.
@@ -169,7 +177,7 @@ class Environment:
             self.check_compiler()
         torch = f'torch=={self.pins["torch"]}'
         say(f'installing {torch}')
-        self.pip('install', '-c', self.requirements, torch, 'setuptools', 'wheel', 'ninja', 'psutil')
+        self.pip('install', torch, '-r', self.build_requirements)
         wheels = [self.mmcv_wheel()] if self.mmcv else []
         say(f'installing the rest of {self.requirements.name}')
         self.pip('install', '--no-build-isolation', *wheels, '-r', self.requirements, '-e', self.root)

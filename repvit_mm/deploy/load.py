@@ -18,6 +18,7 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
+from .._versions import DISTRIBUTIONS
 from ..checkpoint import cached, tensors_of
 from ..loading import FAMILIES, check_outside_backbones
 from ..messages import one_line
@@ -25,9 +26,6 @@ from ..reparam import reparam_blocks, switch_to_deploy
 from .fold import fold_conv_norms
 from .graph import ExportError, Graph
 from .metadata import FileInfo
-
-DISTRIBUTIONS = ('repvit_mm', 'torch', 'mmengine', 'mmcv', 'mmdet', 'mmsegmentation')
-"""Whose versions a file tells, beside those of its exporter."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ def describe(cfg: Config, checkpoint: str | Path | Checkpoint | None, graph: Gra
         divisor=preprocess.divisor,
         mask_threshold=graph.mask_threshold,
         config=Path(cfg.filename).name if cfg.filename else '',
-        versions=versions(DISTRIBUTIONS),
+        versions=versions(('repvit_mm', *DISTRIBUTIONS)),
         **resizing(cfg),
     )
     if checkpoint is not None:

@@ -13,14 +13,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..._versions import DISTRIBUTIONS
 from ...files import write_whole
 from ..load import versions
 from ..timing import Spread
 
-DISTRIBUTIONS = (
-    'mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'timm', 'onnx', 'onnxruntime', 'openvino', 'numpy',
-)  # fmt: skip
-"""Whose versions the JSON file holds beside torch's, as far as they are installed."""
+OTHERS = ('timm', 'onnx', 'onnxruntime', 'openvino', 'numpy')
+"""Whose versions the JSON file holds beside those of the frameworks, as far as they are installed."""
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     except (OSError, StopIteration):
         processor = platform.processor() or platform.machine()
     # Of torch its own word, which names its CUDA too.
-    found = {'python': platform.python_version(), 'torch': torch.__version__} | versions(DISTRIBUTIONS)
+    found = {'python': platform.python_version()} | versions((*DISTRIBUTIONS, *OTHERS)) | {'torch': torch.__version__}
     machine: dict[str, Any] = {
         'processor': processor,
         'instructions': torch.backends.cpu.get_cpu_capability(),
