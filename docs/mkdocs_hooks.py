@@ -9,7 +9,7 @@ from mkdocs.structure.files import File, Files
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
-MOVED = {'README.md': 'index.md', 'docs/README.md': 'contents.md'}
+MOVED = {'README.md': 'index.md', 'docs/README.md': 'contents.md', 'CONTRIBUTING.md': 'contributing.md'}
 """Documents that have another place on the site, where ``docs/`` is the root."""
 
 LINK = re.compile(r'(\]\()(?!\w+:|#)([^)#\s]+)')
@@ -40,7 +40,7 @@ def for_site(page: Path) -> str:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Replace each page by its text for the site, and add what they link to."""
-    pages = [ROOT / 'README.md', *(DOCS / file.src_uri for file in files.documentation_pages())]
+    pages = {ROOT / name for name in MOVED} | {DOCS / file.src_uri for file in files.documentation_pages()}
     for path in {path for page in pages for path in linked(page)}:
         if place(path).startswith('repository/') and (ROOT / path).is_file():
             files.append(File.generated(config, place(path), abs_src_path=str(ROOT / path)))
