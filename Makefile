@@ -27,7 +27,7 @@ lint: setup
 
 # The documents as a site, in build/site. A link that leads nowhere is an error.
 docs: .venv-docs/ready
-	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 	@echo build/site/index.html
 
 .venv-docs/ready: docs/requirements.txt
