@@ -4,7 +4,7 @@ PYTHON ?= python3
 STACK ?= openmmlab
 VENV := $(if $(filter openmmlab,$(STACK)),.venv,.venv-$(STACK))
 
-.PHONY: setup demo test torture test-oldest lint
+.PHONY: setup demo test torture test-oldest lint docs
 
 setup:
 	@$(PYTHON) tools/setup_env.py $(STACK)
@@ -28,3 +28,13 @@ test-oldest:
 lint: setup
 	$(VENV)/bin/python -m ruff check
 	$(VENV)/bin/python -m ruff format --check
+
+# The documents as a site, in build/site. A link that leads nowhere is an error.
+docs: .venv-docs/ready
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+	@echo build/site/index.html
+
+.venv-docs/ready: docs/requirements.txt
+	$(PYTHON) -m venv --clear .venv-docs
+	.venv-docs/bin/pip install --quiet --requirement docs/requirements.txt
+	@touch $@

@@ -4,7 +4,7 @@ import sys
 from importlib import metadata
 from importlib.util import find_spec
 
-# Module -> (names it is distributed under, first version that will do, first that will not).
+# Module -> (names it is distributed under, first version that works, first that does not).
 FRAMEWORKS = {
     # requirements/oldest.txt has the first three. torch 2.6 is the first that reads with weights_only=True and an
     # allow-list under names of our choice; beside it mmcv's operators compile from 2.1 on.

@@ -1,4 +1,4 @@
-"""What a dense-prediction backbone of this package is, whatever its blocks are."""
+"""The base class of all backbones: everything but the blocks that a family is made of."""
 
 import difflib
 import inspect
@@ -36,8 +36,8 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 def check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
     """``out_indices`` as a tuple, or a ``ValueError`` unless they are increasing stage indices from 0 to 3."""
     indices = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
-    whole = {min(max(index, 0), NUM_STAGES - 1) for index in indices if isinstance(index, int)}
-    nearest = tuple(sorted(whole)) or (NUM_STAGES - 1,)
+    clamped = {min(max(index, 0), NUM_STAGES - 1) for index in indices if isinstance(index, int)}
+    nearest = tuple(sorted(clamped)) or (NUM_STAGES - 1,)
     if indices != nearest or not isinstance(out_indices, Sequence):
         raise ValueError(
             f'out_indices={out_indices!r}: expected stage indices from 0 to {NUM_STAGES - 1}, '
@@ -75,7 +75,7 @@ def refuse_unknown(cls: type, unknown: Mapping[str, Any]) -> None:
 class RunningStatisticsKept:
     """Within the context a module's BatchNorms gather running statistics in copies, which are thrown away after it.
 
-    It can be entered again, as each further backward pass through one graph does.
+    It can be entered several times: each further backward pass through one graph does so.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -117,7 +117,7 @@ def check_channels(model: nn.Module, config: Mapping[str, Any]) -> None:
 
 
 def run_block(block: nn.Module, x: Tensor, with_cp: bool) -> Tensor:
-    """A block's output; with checkpointing the block runs again in the backward pass and keeps its input alone."""
+    """A block's output; with checkpointing the block runs again in the backward pass and keeps only its input."""
     if not (with_cp and torch.is_grad_enabled()):
         return block(x)
     # The second run must not count its batch twice in live statistics.
@@ -152,17 +152,17 @@ class ReparamBackbone(BaseModule, ABC):
     """A stem and four stages of blocks; the maps behind the stages have strides 4, 8, 16 and 32, or are dilated.
 
     A subclass says what its stem and its stages are made of; options, taps, freezing, checkpoint names and deployment
-    are the same for all and live here. Stages and blocks behind the last tap are not built: their parameters would
-    never get a gradient, which distributed training refuses.
+    are the same for all families and live here. Stages and blocks behind the last tap are not built: their parameters
+    would never get a gradient, and distributed training refuses such parameters.
 
     Args:
         arch: Name of a variant in ``specs``, or a dict with the fields of ``spec_type`` for one of your own.
         out_indices: Stages whose maps are returned, increasing, from 0 to 3.
         tap: Which block of a stage gives its map, a key of ``taps``.
-        output_stride: Largest stride of a map. With 8 or 16 the stages behind it keep its resolution and dilate their
+        output_stride: Largest stride of a map. With 8 or 16 the later stages keep that resolution and dilate their
             convolutions instead, as DeepLab and PSPNet expect it; the weights are the same.
         drop_path_rate: Stochastic depth of the last block, in [0, 1); it grows linearly from 0 over the blocks. A
-            network without residual branches takes 0 only.
+            network without residual branches accepts only 0.
         norm_eval: Keep all BatchNorm statistics frozen during training; weights and biases go on learning.
         frozen_stages: -1 freezes nothing, 0 the stem, k also the first k stages: statistics and parameters.
         with_cp: Recompute each block in the backward pass instead of keeping its maps.
@@ -172,13 +172,13 @@ class ReparamBackbone(BaseModule, ABC):
             in the backward pass instead of keeping them. ``False`` keeps them, and allows second derivatives.
         channels_last: On a CPU, compute in this memory format, in which convolutions are faster, unless branches learn.
             ``False`` computes in the format of the input.
-        deploy: Build the network with its blocks already fused. It cannot be trained, and unfused checkpoints are fused
-            as they load.
+        deploy: Build the network with its blocks already fused. It cannot be trained. Unfused checkpoints are fused
+            on load.
         init_cfg: Initialization, e.g. ``dict(type='Pretrained', checkpoint=...)``; the authors' files load as they are.
 
     Raises:
         ValueError: if a value is not valid; names the option and the nearest valid value.
-        TypeError: likewise for an option that does not exist.
+        TypeError: if an option does not exist; names the nearest one.
     """
 
     specs: ClassVar[Mapping[str, Any]]
@@ -250,7 +250,7 @@ class ReparamBackbone(BaseModule, ABC):
             self._make_stage(index, list(islice(rates, length)))
             for index, length in enumerate(lengths[: self.out_indices[-1] + 1])
         ]
-        # The last stage has no downsample behind it, so its map is its end under every tap.
+        # No downsample follows the last stage, so every tap takes its last block.
         offsets = [self.taps[tap]] * (NUM_STAGES - 1) + [0]
         tapped = {index: len(stages[index]) - 1 - offsets[index] for index in self.out_indices}
         if min(tapped.values()) < 0:
@@ -363,11 +363,11 @@ class ReparamBackbone(BaseModule, ABC):
                 )
 
     def _maps_in_channels_last(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The maps in the input's memory format, computed in channels_last.
+        """The maps, computed in channels_last and returned in the input's memory format.
 
-        Convolutions are faster so on a CPU. Not with branches that learn: the gradient of a strided 1x1 branch on three
-        channels overruns its memory in oneDNN 3.12. And not all that takes the maps knows the format: mmcv's RoIAlign
-        reads it as the other one.
+        Convolutions are faster in this format on a CPU. Branches that learn do not use it: in oneDNN 3.12 the gradient
+        of a strided 1x1 branch on three channels overruns its memory. The maps are converted back because some
+        operators do not know the format: mmcv's RoIAlign reads it as if it were the usual one.
         """
         maps = self._maps(x.contiguous(memory_format=torch.channels_last))
         return maps if x.is_contiguous(memory_format=torch.channels_last) else tuple(m.contiguous() for m in maps)
@@ -408,7 +408,7 @@ class ReparamBackbone(BaseModule, ABC):
         return self
 
     def take_every_form(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Make a state dict that is loaded one of this network, whatever form of a released backbone it has.
+        """Translate a state dict that is being loaded, in whatever form it was released, into this network's own names.
 
         Raises:
             CheckpointError: strict or not, if it does not fit.
@@ -416,13 +416,13 @@ class ReparamBackbone(BaseModule, ABC):
         given = {
             name.removeprefix(prefix): state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)
         }
-        # Behind a prefix stand this network's tensors and no others.
+        # With a prefix, everything under it belongs to this network.
         found = Found(prefix, given, {}) if prefix else find_backbone(given, self.naming)
         for name, tensor in fit(self, found.tensors, len(found.others)).items():
             state_dict[prefix + name] = tensor
 
     def is_not_built(self, name: str) -> bool:
-        """Whether a full network of this spec has a tensor of that name in a block that this network does not build."""
+        """Whether the tensor belongs to a block that this spec has but this network, for its taps, does not build."""
         head, *indices = name.split('.')[:3]
         if head != 'stages' or len(indices) < 2 or not all(index.isdecimal() for index in indices):
             return False

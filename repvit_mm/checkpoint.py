@@ -1,4 +1,4 @@
-"""Checkpoints: reading them without running anything in them, and the verdict whether they fit a network."""
+"""Reading checkpoints without running anything in them."""
 
 import difflib
 import pickle
@@ -50,10 +50,10 @@ _SOURCES: MutableMapping[Tensor, Source] = WeakTensorKeyDictionary()
 
 
 def trust(*files: str | Path) -> None:
-    """Let the code in these files run as they are read, because you trust whoever made them.
+    """Allow these files to run code while they are read, because you trust their authors.
 
-    For every reader in this process: this package's, and MMEngine's with ``init_detector`` or ``load_from``. The tools
-    have ``--trust-checkpoint`` for it.
+    This holds for every reader in this process: the package's own, and MMEngine's behind ``init_detector`` or
+    ``load_from``. The tools have the option ``--trust-checkpoint`` for it.
     """
     TRUSTED.update(str(Path(file).expanduser().resolve()) for file in files)
 
@@ -61,7 +61,7 @@ def trust(*files: str | Path) -> None:
 def read_checkpoint(filename: str | Path, map_location: Any = None) -> Any:
     """Read a ``.pth`` or ``.safetensors`` file without running anything in it, unless :data:`TRUSTED` names it.
 
-    The file is remembered for each tensor, so that what is said of it later can name it.
+    The file is remembered for each tensor, so that later messages can name it.
 
     Args:
         filename: Path of the file.
@@ -104,7 +104,7 @@ def check_file(path: Path) -> None:
 
 def read_safetensors(path: Path, map_location: Any) -> dict[str, dict[str, Tensor]]:
     """The tensors of a ``.safetensors`` file, in the containers that MMSegmentation's ``init_model`` asks for."""
-    # Imported here: whoever reads no such file does not need it, from a checkout say.
+    # Imported here because only those who read such files need it.
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -135,7 +135,7 @@ def read_pickle(path: Path, map_location: Any) -> Any:
 
 
 def read_trusted(path: Path, map_location: Any) -> Any:
-    """What a file of ``torch.save`` holds, with all that it runs."""
+    """What a file of ``torch.save`` holds; whatever code is in it runs."""
     try:
         return torch.load(path, map_location=map_location, weights_only=False)
     except Exception as error:  # its own code may raise anything
@@ -172,19 +172,19 @@ def trained_tap(checkpoint: Any) -> str | None:
 
 
 def remember_source(checkpoint: Any, path: Path) -> None:
-    """Remember of each tensor the file that it comes from, for as long as the tensor lives."""
+    """Remember for each tensor which file it comes from, for as long as the tensor lives."""
     source = Source(str(path), trained_tap(checkpoint))
     for tensor in tensors_of(checkpoint).values():
         _SOURCES[tensor] = source
 
 
 def source_of(tensors: Iterable[Tensor]) -> Source:
-    """The file that tensors were read from, by the first one of which it is known."""
+    """The file that tensors were read from: that of the first tensor for which it is known."""
     return next((_SOURCES[tensor] for tensor in tensors if tensor in _SOURCES), Source())
 
 
 def cached(address: str, folder: str | None = None) -> Path:
-    """Where a file that is fetched from an address lies: torch's own cache of checkpoints unless told otherwise."""
+    """Where the file of an address is kept: in torch's cache of checkpoints unless another folder is given."""
     return Path(folder or Path(torch.hub.get_dir(), 'checkpoints'), address.rpartition('/')[2].partition('?')[0])
 
 
@@ -218,7 +218,7 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
 
 @CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), force=True)
 def load_from_http(filename: str, map_location: Any = None, model_dir: str | None = None, **_: Any) -> Any:
-    """MMEngine's reader of addresses, replaced likewise; the first process of a job downloads for all."""
+    """MMEngine's reader of addresses, replaced by one that runs nothing. A job's first process downloads for all."""
     if get_rank() == 0:
         download(filename, model_dir)
     barrier()

@@ -1,4 +1,4 @@
-"""Converting checkpoints: what a whole file holds, and the same by other names, fused, in another file format."""
+"""Converting checkpoints: recognize what a file holds; give it other names, fuse it, write it in another format."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from .names import WHOSE
 from .reparam import switch_to_deploy
 
 CLASS_NAMES = ('dataset_meta', 'CLASSES', 'PALETTE')
-"""What a detector's ``meta`` says of its classes, in MMEngine's and in the 2.x era's words: not about its training."""
+"""The entries of a checkpoint's ``meta`` that describe its classes, as MMEngine and as the 2.x libraries name them."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Content:
         recognized: What its backbone is.
         prefix: What stands before the backbone's names, parallel wrappers left out.
         backbone: The backbone's tensors by our names.
-        heads: Those of its classification heads by their own names.
-        others: Those of a model's other parts by their full names, parallel wrappers left out.
+        heads: The tensors of its classification heads by their own names.
+        others: The tensors of a model's other parts by their full names, parallel wrappers left out.
     """
 
     file: str
@@ -69,7 +69,7 @@ class Converted:
     Args:
         to: Whose names it has.
         tensors: All tensors by their new names.
-        container: Key under which readers of such names look for the tensors; ``None`` if there is none.
+        container: Key under which those who use these names look for the tensors; ``None`` if at the top.
         fused: How many blocks were fused.
         set_aside: How many tensors of classification heads were left out.
     """
@@ -89,7 +89,7 @@ def content_of(checkpoint: Any, file: str = 'the checkpoint') -> Content:
         file: What messages call it.
 
     Raises:
-        CheckpointError: unless that is exactly a known variant, alone or in a model.
+        CheckpointError: unless it holds exactly a known variant, alone or in a model.
     """
     shapes: dict[type, Shapes] = {}
     for family in FAMILIES:
@@ -117,10 +117,10 @@ def content_of(checkpoint: Any, file: str = 'the checkpoint') -> Content:
 
 
 def nearest_misfit(shapes: Mapping[type, Shapes]) -> str:
-    """What keeps tensors from being the nearest variant's.
+    """How tensors differ from the nearest variant's.
 
     Args:
-        shapes: Family -> their shapes, by our names as that family translates them.
+        shapes: Family -> the shapes of the tensors, by the names into which that family translates them.
     """
     variants = [
         (family, arch, given, variant_shapes(family, spec, given))
@@ -132,10 +132,10 @@ def nearest_misfit(shapes: Mapping[type, Shapes]) -> str:
 
 
 def blocks_to_fuse(content: Content, to: str = 'ours') -> list[str]:
-    """The blocks of the backbone that are still to be fused, where ``to`` has a name for them.
+    """The blocks of the backbone that are not fused yet and that the convention ``to`` can name once they are.
 
     Raises:
-        CheckpointError: if one is fused already for which it has none.
+        CheckpointError: if a block is fused already that the convention has no name for.
     """
     family, archs, _ = content.recognized
     _, kernels = layout(family, family.specs[archs[0]])
@@ -150,18 +150,18 @@ def blocks_to_fuse(content: Content, to: str = 'ours') -> list[str]:
 
 
 def convert(content: Content, to: str = 'ours', fuse: bool = False) -> Converted:
-    """A checkpoint's tensors by other names, and fused if asked.
+    """A checkpoint's tensors by other names, fused if asked for.
 
-    Heads stay as long as the names do: other conventions have none, or others. Where blocks are fused they go, because
-    a head that is not fused loads into no fused classifier.
+    Classification heads are kept only where the names stay the same, because other conventions have other heads. They
+    are also left out where blocks are fused, because an unfused head does not load into a fused classifier.
 
     Args:
         content: What there is.
         to: Whose names: ``'ours'``, ``'authors'`` or ``'timm'``.
-        fuse: Whether to fuse the backbone, by names of others as far as their code does.
+        fuse: Whether to fuse the backbone; under other names than ours, as far as the others' code does.
 
     Raises:
-        CheckpointError: if the backbone is fused already where ``to`` has no name for it.
+        CheckpointError: if a block is fused already that the convention ``to`` has no name for.
     """
     family = content.recognized.family
     to_fuse = blocks_to_fuse(content, to)
@@ -170,7 +170,7 @@ def convert(content: Content, to: str = 'ours', fuse: bool = False) -> Converted
     heads = content.heads if to == content.origin and not blocks else {}
     renamed = {new: backbone[ours] for ours, new in family.naming.translate(backbone, to).items()} | heads
     tensors = {content.prefix + name: tensor for name, tensor in renamed.items()} | content.others
-    # Copies hold no larger memory that a tensor was a view of, and no mark of the file that it came from.
+    # Copied, so that a view does not keep its larger memory and nothing remembers the file it came from.
     copies = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     container = 'state_dict'
     if to == 'timm':
@@ -192,7 +192,7 @@ def fused(content: Content, blocks: Sequence[str]) -> dict[str, Tensor]:
 
 
 def metadata_of(checkpoint: Any, keep_all: bool = False) -> dict[str, Any]:
-    """What a checkpoint keeps beside its tensors: everything, or only what names its classes and its tap."""
+    """A checkpoint's entries beside its tensors: all of them, or only its classes and its tap."""
     container = next((key for key in CONTAINERS if isinstance(checkpoint.get(key), Mapping)), None)
     rest = {key: v for key, v in checkpoint.items() if key != container and not isinstance(v, Tensor)}
     if keep_all:

@@ -49,15 +49,15 @@ class FuseOnDeployHook(TestOnlyHook):
 
     The backbone's blocks are fused, and the norms of necks and heads are folded into the convolutions before them.
 
-    A run that trains is left alone, its validation and a test after training too: fusing replaces parameters that the
-    optimizer and the checkpoints know. An :class:`~mmengine.hooks.EMAHook` exchanges parameters with its averaged copy
-    one by one in their order, so that copy is fused as well. Put it in a config as
+    A run that trains is not touched, nor its validation, nor a test after training: fusing replaces parameters that the
+    optimizer and the checkpoints refer to. An :class:`~mmengine.hooks.EMAHook` swaps its averaged parameters with the
+    model's, one by one in their order, so the averaged copy is fused as well. Put it in a config as
     ``custom_hooks = [dict(type='FuseOnDeployHook')]``.
 
     Args:
         tolerance: Largest difference that is accepted between the feature maps of the unfused backbone, run branch by
-            branch, and those of the fused one, relative to the largest absolute value in a map, and likewise for each
-            convolution of the rest. Networks in half precision get 500 times as much.
+            branch, and those of the fused one, relative to the largest absolute value in a map. The same limit holds
+            for each convolution outside the backbone. Half precision is allowed 500 times as much.
 
     Raises:
         FusionError: before the test if the difference is larger, or if the model has nothing to fuse.
@@ -87,14 +87,14 @@ class FuseOnDeployHook(TestOnlyHook):
             self._check(fold_conv_norms(model).difference, model)
             return
         images = [self._random_image(backbone) for backbone in backbones]
-        # TensorFloat-32 would drown what is to be measured.
+        # TensorFloat-32 would hide the differences that are measured here.
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             with plain_formulation(model):
                 before = [backbone(image) for backbone, image in zip(backbones, images, strict=True)]
             switch_to_deploy(model)
             after = [backbone(image) for backbone, image in zip(backbones, images, strict=True)]
         pairs = [(a.float(), b.float()) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True)]
-        # Tensors' max, unlike Python's, does not lose a NaN.
+        # Unlike Python's max, torch's keeps a NaN.
         differences = torch.stack([(a - b).abs().max() for a, b in pairs])
         sizes = torch.stack([a.abs().max() for a, _ in pairs]).clamp_min(1e-12)
         largest, relative = differences.max().item(), (differences / sizes).max().item()
@@ -148,10 +148,10 @@ class HalfPrecisionHook(TestOnlyHook):
 
 @HOOKS.register_module()
 class WholeCheckpointHook(Hook):
-    """Refuses a checkpoint that lacks a tensor of the model's, or has one of another shape.
+    """Refuses a checkpoint that lacks one of the model's tensors or has one of another shape.
 
     MMEngine would warn and go on with random numbers there. That is right where training starts from the weights of
-    another task, and wrong for a test. A backbone of this package sees to its own tensors.
+    another task, but wrong for a test. The backbones of this package check their own tensors themselves.
     """
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -171,8 +171,8 @@ class NonFiniteError(RuntimeError):
 class FiniteLossHook(Hook):
     """Stops a run as soon as a loss is infinite or not a number, before the next checkpoint is saved.
 
-    A checkpoint is not saved either if a weight in it is not finite: a step can do that behind a finite loss. The last
-    good checkpoint so stays the latest. MMEngine's own log reads every loss anyway: looking costs nothing more.
+    A checkpoint with a weight that is not finite is not saved either: a step can make one even if the loss was finite.
+    So the latest checkpoint is always a good one. MMEngine's log reads every loss anyway, so the check costs nothing.
 
     In a config: ``custom_hooks = [dict(type='FiniteLossHook')]``; ``tools/train.py`` adds it without being asked.
     """

@@ -31,7 +31,7 @@ class ConvBN(ReparamBlock):
         kernel_size: Height and width of the kernel, odd.
         stride: Stride of the convolution.
         groups: Groups of the convolution.
-        norm_weight: Initial weight of the norm; 0 lets a residual branch start as nothing.
+        norm_weight: Initial weight of the norm; with 0 a residual branch adds nothing at first.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class ConvBN(ReparamBlock):
 class MobileOneBlock(ReparamBlock):
     """Convolution branches, a 1x1 branch and a skip branch, each with its own BatchNorm, summed.
 
-    The 1x1 branch is there if the kernel is larger, the skip branch if the shape stays. The linear part alone of
-    MobileOne's block (https://arxiv.org/abs/2206.04040): what gates or activates its output stands behind it.
+    There is a 1x1 branch if the kernel is larger than 1x1, and a skip branch if input and output have one shape. These
+    are only the linear parts of MobileOne's block (https://arxiv.org/abs/2206.04040): gate and activation follow it.
 
     Args:
         in_channels: Channels of the input.
@@ -103,7 +103,7 @@ class MobileOneBlock(ReparamBlock):
 
 
 class Conv1x1(nn.Conv2d):
-    """1x1 convolution with bias that keeps the recipe of its input for the backward pass, where there is one.
+    """1x1 convolution with bias. It saves the recipe of its input for the backward pass, if there is one.
 
     Args:
         in_channels: Channels of the input.
@@ -122,10 +122,10 @@ _OVERWRITING = ContextVar('overwriting', default=False)
 
 @contextmanager
 def overwriting(allowed: bool) -> Iterator[None]:
-    """Within the context activations and residual sums may overwrite their operand, which saves fresh memory.
+    """Within the context activations and residual sums may overwrite their operand instead of allocating memory.
 
     Args:
-        allowed: ``False`` where somebody else may still hold the operand: a hook that saw it.
+        allowed: ``False`` if something else may still use the operand, for example a hook that was given it.
     """
     token = _OVERWRITING.set(allowed)
     try:
@@ -149,8 +149,8 @@ class GELU(nn.GELU):
 class ReLU(nn.ReLU):
     """ReLU that may overwrite its input, see :func:`overwriting`.
 
-    Autograd keeps the output of a ReLU, which is what the convolution behind it keeps too. So it is computed again in
-    the backward pass only where its input is: behind a depthwise convolution, say, but not behind a 1x1 one.
+    Autograd keeps the output of a ReLU, and the next convolution keeps the same tensor as its input. So recomputing it
+    saves memory only where its input is recomputed too: behind a depthwise convolution, but not behind a 1x1 one.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def add_residual(x: Tensor, branch: Tensor) -> Tensor:
 
 
 class SqueezeExcite(nn.Module):
-    """Squeeze-and-excitation (https://arxiv.org/abs/1709.01507): gates each channel by the image's mean of all.
+    """Squeeze-and-excitation (https://arxiv.org/abs/1709.01507): a gate for each channel, from the means of all.
 
     Args:
         channels: Channels of the map.
@@ -261,15 +261,15 @@ class LayerScale(ReparamBlock):
 
 
 def dilate(stage: nn.Module, before: int, dilation: int) -> None:
-    """Let a stage keep the resolution of its input, with the weights that it has (the algorithme a trous).
+    """Make a stage keep the resolution of its input without new weights (the algorithme a trous).
 
     Its map then holds, at every ``dilation``-th place, what the strided network computes there, and the same for the
     places between them. Source: https://arxiv.org/abs/1412.7062, section 3.1.
 
     Args:
         stage: Blocks of which at most one layer has a stride.
-        before: Dilation of the stage before it, in which that layer reads.
-        dilation: Dilation of all layers behind it.
+        before: Dilation of the stage before it, which becomes that layer's.
+        dilation: Dilation of all layers behind that layer.
     """
     for layer in stage.modules():
         if isinstance(layer, ReparamBlock):

@@ -1,4 +1,4 @@
-"""Fitting a checkpoint to a backbone: recognize what it holds, fit it to the network, report in one line."""
+"""Loading a checkpoint into a backbone: recognize what it holds, fit it to the network, report in one line."""
 
 import logging
 from collections.abc import Collection, Mapping
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from .backbone import ReparamBackbone
 
 FAMILIES: list[type['ReparamBackbone']] = []
-"""The classes of backbones that there are; each joins as it is defined."""
+"""All classes of backbones; each one adds itself when it is defined."""
 
 Shapes = Mapping[str, torch.Size]
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """The tensors' shapes by name, but for BatchNorm's batch counters, which old files lack and nothing needs."""
+    """The shapes of tensors by name, without BatchNorm's batch counters: old files lack them and nothing needs them."""
     return {name: tensor.shape for name, tensor in tensors.items() if not name.endswith('num_batches_tracked')}
 
 
 def misfit(given: Shapes, wanted: Shapes) -> str | None:
-    """How given tensors differ from those that are wanted: each kind's number and first name; ``None`` if not."""
+    """How given tensors differ from the wanted ones: for each kind the number and the first name; ``None`` if not."""
     kinds = {
         'missing': [name for name in wanted if name not in given],
         'unexplained': [name for name in given if name not in wanted],
@@ -45,24 +45,24 @@ def misfit(given: Shapes, wanted: Shapes) -> str | None:
 
 
 def check_outside_backbones(model: nn.Module, checkpoint: Any, file: str | None = None) -> None:
-    """Check that a checkpoint has every tensor of a model's other parts than its backbones.
+    """Check that a checkpoint has every tensor of a model outside its backbones.
 
-    A backbone of this package sees to itself as it loads.
+    The backbones of this package check their own tensors while they are loaded.
 
     Args:
         model: A detector, say, wrapped or not.
         checkpoint: What the file holds.
-        file: The file's name where its tensors do not tell: an empty one has none.
+        file: Name of the file, for the message about a file without tensors.
 
     Raises:
-        CheckpointError: if one is missing or of another shape.
+        CheckpointError: if a tensor is missing or of another shape.
     """
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     tensors = tensors_of(checkpoint)
     backbones = [name for name, module in model.named_modules() if isinstance(module, tuple(FAMILIES))]
-    own = tuple(f'{name}.' for name in backbones)
-    wanted = {name: shape for name, shape in shapes_of(model.state_dict()).items() if not name.startswith(own)}
+    prefixes = tuple(f'{name}.' for name in backbones)
+    wanted = {name: shape for name, shape in shapes_of(model.state_dict()).items() if not name.startswith(prefixes)}
     given = {name.removeprefix('module.'): shape for name, shape in shapes_of(tensors).items()}
     if reason := misfit({name: given[name] for name in wanted if name in given}, wanted):
         file = source_of(tensors.values()).file if tensors else file
@@ -73,10 +73,10 @@ class Found(NamedTuple):
     """The backbone in a whole file.
 
     Args:
-        prefix: What stands before its tensors' names, ``''``, ``'backbone.'``, ``'module.'``, ...; ``None`` if no name
-            is of its family. Then all tensors are taken for the backbone's.
-        tensors: The backbone's.
-        others: All others, by their full names.
+        prefix: What stands before the names of its tensors, ``''``, ``'backbone.'``, ``'module.'``, ...; ``None`` if no
+            name belongs to the family. Then all tensors count as the backbone's.
+        tensors: The backbone's tensors, without the prefix.
+        others: All other tensors, by their full names.
     """
 
     prefix: str | None
@@ -103,7 +103,7 @@ def find_backbone(checkpoint: Any, naming: Naming) -> Found:
 
 
 def fused_blocks(names: Collection[str], blocks: Collection[str]) -> frozenset[str]:
-    """Those of a network's outermost re-parameterizable blocks that tensor names hold as one convolution."""
+    """Which of a network's outermost re-parameterizable blocks are one convolution according to tensor names."""
     return frozenset(block for block in blocks if f'{block}.weight' in names)
 
 
@@ -129,7 +129,7 @@ def form_of(names: Collection[str], blocks: Collection[str]) -> str:
 def layout(
     family: type['ReparamBackbone'], spec: Any
 ) -> tuple[dict[str, torch.Size], dict[str, tuple[torch.Size, torch.Size]]]:
-    """What a variant is made of, without its numbers; not to be changed.
+    """The shapes that a variant is made of. The result is cached: do not change it.
 
     Returns:
         The shapes of its tensors in training form, batch counters left out; and the names of its outermost
@@ -154,7 +154,7 @@ def variant_shapes(family: type['ReparamBackbone'], spec: Any, like: Collection[
     Args:
         family: The class.
         spec: The variant's.
-        like: Tensor names; the blocks that they hold as one convolution are so in the result.
+        like: Tensor names; blocks that are fused according to them are fused in the result.
     """
     shapes, kernels = layout(family, spec)
     fused = fused_blocks(like, kernels)
@@ -166,7 +166,7 @@ def variant_shapes(family: type['ReparamBackbone'], spec: Any, like: Collection[
 
 
 class Recognized(NamedTuple):
-    """What tensors are: the class, the variants, several where fusing makes them equal, and the form."""
+    """What tensors belong to: the class, its variants (several if they are equal once fused), and the form."""
 
     family: type['ReparamBackbone']
     archs: list[str]
@@ -174,9 +174,9 @@ class Recognized(NamedTuple):
 
 
 def recognize(family: type['ReparamBackbone'], tensors: Mapping[str, Tensor]) -> Recognized | None:
-    """What tensors are, by our names and their shapes; ``None`` if no variant of the family has exactly these.
+    """Which variant tensors belong to, by our names and their shapes; ``None`` if no variant has exactly these.
 
-    Classification heads and what is ``optional`` do not matter.
+    Classification heads and the ``optional`` parts are not compared.
     """
     optional = tuple(family.optional)
     shapes = {name: shape for name, shape in shapes_of(tensors).items() if not name.startswith(optional)}
@@ -188,7 +188,7 @@ def recognize(family: type['ReparamBackbone'], tensors: Mapping[str, Tensor]) ->
 
 
 def identify(tensors: Mapping[str, Tensor]) -> Recognized | None:
-    """What tensors of a backbone, by any names, are; ``None`` if they are exactly those of no variant of any family."""
+    """Which variant a backbone's tensors belong to, under any convention's names; ``None`` if no variant has these."""
     for family in FAMILIES:
         names = family.naming.translate(tensors)
         found = recognize(family, {ours: tensors[name] for name, ours in names.items() if ours is not None})
@@ -198,7 +198,7 @@ def identify(tensors: Mapping[str, Tensor]) -> Recognized | None:
 
 
 def from_tensors(family: type['ReparamBackbone'], tensors: Mapping[str, Tensor], **options: Any) -> 'ReparamBackbone':
-    """A network of these tensors and in their form, in float64, so that fusing what is left is exact.
+    """A network that holds these tensors, fused where they are, in float64 so that further fusing is exact.
 
     Args:
         family: The class.
@@ -226,7 +226,7 @@ class Given:
         source: Where they come from.
         by_any_name: All of them, by the names that they came with.
         tensors: Those of the backbone proper by our names: classification heads are left out.
-        form: Their form, for the network that they are to fit.
+        form: Their form, see :func:`form_of`.
         others: How many more tensors the file holds.
     """
 
@@ -238,15 +238,19 @@ class Given:
 
 
 def fit(network: 'ReparamBackbone', tensors: Mapping[str, Tensor], others: int) -> dict[str, Tensor]:
-    """A network's tensors, by our names, out of a backbone's by any names; the log gets one line on them.
+    """Translate a checkpoint's tensors into those of a network, and log one line about them.
 
     Args:
         network: The network.
-        tensors: All tensors of one backbone.
-        others: How many more the file holds.
+        tensors: All tensors of one backbone, under any convention's names.
+        others: How many more tensors the file holds.
+
+    Returns:
+        The network's state dict, by our names.
 
     Raises:
-        CheckpointError: if a tensor of the network is missing or of another shape, or if one is unexplained.
+        CheckpointError: if a tensor of the network is missing or of another shape, or if the network has no place for
+            one.
     """
     names = network.naming.translate(tensors)
     translated = {ours: tensors[name] for name, ours in names.items() if ours is not None}
@@ -261,11 +265,11 @@ def fit(network: 'ReparamBackbone', tensors: Mapping[str, Tensor], others: int) 
     fitted = {name: tensor for name, tensor in translated.items() if not network.is_not_built(name)}
     not_built = len(translated) - len(fitted)
     fitted |= fresh
-    own = network.state_dict()
-    for name, tensor in own.items():
+    wanted = network.state_dict()
+    for name, tensor in wanted.items():
         if name.endswith('num_batches_tracked'):  # absent from old files, and nothing depends on it
             fitted.setdefault(name, torch.zeros_like(tensor))
-    shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (fitted, own)]
+    shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (fitted, wanted)]
     if reason := misfit(*shapes):
         reason = advice(network, given) or reason
         raise CheckpointError(f'{given.source.file} does not fit {title(network)}: {reason}')
@@ -274,7 +278,7 @@ def fit(network: 'ReparamBackbone', tensors: Mapping[str, Tensor], others: int) 
 
 
 def tensors_that_start_fresh(network: 'ReparamBackbone', given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The network's own tensors of each optional part that a file has nothing of."""
+    """The network's own tensors of those optional parts that a file does not have."""
     absent = tuple(prefix for prefix in network.optional if not any(name.startswith(prefix) for name in given))
     return {name: tensor for name, tensor in network.state_dict().items() if name.startswith(absent)}
 
@@ -286,17 +290,17 @@ def title(network: 'ReparamBackbone') -> str:
 
 
 def advice(network: 'ReparamBackbone', given: Given) -> str | None:
-    """What to do about tensors that are those of another variant, or of this one in another form."""
+    """What to do about tensors that belong to another variant, or to this one in another form."""
     if not given.tensors:
         return 'it holds no tensor for it; weights of the backbone alone go into its init_cfg, not into load_from'
-    own = network.state_dict()
+    wanted = network.state_dict()
     for prefix, cure in network.optional.items():
-        there, here = (any(name.startswith(prefix) for name in names) for names in (given.tensors, own))
-        if there and not here:
+        in_file, in_network = (any(name.startswith(prefix) for name in names) for names in (given.tensors, wanted))
+        if in_file and not in_network:
             return cure
     found = identify(given.by_any_name)
     if found is None:
-        if network.naming.origin_of(given.tensors) is None and not own.keys() & given.tensors.keys():
+        if network.naming.origin_of(given.tensors) is None and not wanted.keys() & given.tensors.keys():
             return f'it holds another network (its first tensor is {next(iter(given.tensors))})'
         return None
     family, archs, form = found
@@ -314,7 +318,7 @@ def advice(network: 'ReparamBackbone', given: Given) -> str | None:
 
 
 def report(network: 'ReparamBackbone', given: Given, not_built: int, fresh: list[str]) -> None:
-    """Log what was loaded and what was set aside, and warn if the network takes its maps elsewhere."""
+    """Log what was loaded and what was set aside, and warn if the checkpoint was trained with another tap."""
     set_aside = {
         'classification head': len(given.by_any_name) - len(given.tensors),
         f'not built for out_indices={network.out_indices}': not_built,

@@ -18,7 +18,7 @@ LOGARITHMIC = 1000
 
 
 class LogError(ValueError):
-    """A run cannot be read; the message is one line."""
+    """A run cannot be read; the message is one line that says why."""
 
 
 @dataclass
@@ -39,13 +39,13 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Read a run's work folder.
 
-    A resumed run has a log for each start. Where two tell of the same iterations, the later one is right.
+    A resumed run has a log for each start. Where two logs cover the same iterations, the later one counts.
 
     Args:
         folder: The work folder, the folder of one start in it, or a ``scalars.json``.
 
     Raises:
-        LogError: if there is no log of MMEngine's, or one holds nothing.
+        LogError: if there is no log of MMEngine's, or if a log is empty.
     """
     files = [folder] if folder.is_file() else sorted(folder.glob('**/vis_data/scalars.json'))
     if not files:
@@ -67,7 +67,7 @@ def read_run(folder: Path) -> Run:
 
 
 def entries_of(file: Path) -> Iterable[Mapping[str, Any]]:
-    """The lines of a log; one that a killed run left unfinished is passed over.
+    """The lines of a log; a last line that a killed run left unfinished is skipped.
 
     Raises:
         LogError: if the file cannot be read or is no log.
@@ -89,7 +89,7 @@ def entries_of(file: Path) -> Iterable[Mapping[str, Any]]:
 
 
 def add_entries(run: Run, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Add a log's entries. Validation tells its epoch or its iteration: it came after the last training entry."""
+    """Add a log's entries. An entry of validation belongs to the last training entry before it."""
     iteration = 0
     for entry in entries:
         trains = 'iter' in entry

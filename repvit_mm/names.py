@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 WHOSE = {'ours': 'our', 'authors': "the authors'", 'timm': "timm's"}
-"""How a convention is called in a sentence."""
+"""Convention -> how a message calls it."""
 
 
 class Names(NamedTuple):
@@ -23,11 +23,11 @@ class Naming:
     """The tensor names of one family of backbones.
 
     Args:
-        marks: Convention -> pattern that only names of it begin with; the first one that fits decides.
+        marks: Convention -> pattern with which only its names begin; the first that matches decides.
         first: Pattern of the first module's name, in any convention.
         heads: First part of the names of classification heads, the authors' and timm's.
-        table: All tensor names of a backbone, in any one convention -> the names of every module that holds tensors. A
-            fused block is a module of its own where the others' code fuses it too.
+        table: Takes all tensor names of a backbone, in any one convention, and returns the names of every module that
+            holds tensors. A fused block is one such module if the others' code fuses it too.
         authors_container: Key of a classifier's tensors in the authors' files; ``None`` if they lie at the top.
         authors_detection_tap: The tap of the authors' own detectors; their segmentors' is ``stage_end``.
     """
@@ -40,7 +40,7 @@ class Naming:
     authors_detection_tap: str = 'stage_end'
 
     def origin_of(self, names: Iterable[str]) -> str | None:
-        """Whose names a backbone's tensors have: a key of ``WHOSE``; ``None`` if it is of another family."""
+        """The convention of a backbone's tensor names, a key of ``WHOSE``; ``None`` if they are of another family."""
         for name in names:
             for origin, mark in self.marks.items():
                 if re.match(mark, name):
@@ -48,15 +48,15 @@ class Naming:
         return None
 
     def translate(self, names: Iterable[str], to: str = 'ours') -> dict[str, str | None]:
-        """The names of a backbone's tensors in another convention; by the names alone.
+        """Translate the names of a backbone's tensors into another convention.
 
         Args:
             names: All tensor names of one backbone, in any one convention.
             to: ``'ours'``, ``'authors'`` or ``'timm'``.
 
         Returns:
-            The given names with the new ones; a classification head's tensor with ``None``; a name outside every known
-            module with itself.
+            Each given name -> the new one; ``None`` for a tensor of a classification head; the name itself if it is
+            outside every known module.
         """
         names = list(names)
         origin = self.origin_of(names)
@@ -66,7 +66,7 @@ class Naming:
         return {name: None if name.startswith(self.heads) else rename(name, table) for name in names}
 
     def shared_blocks(self, names: Iterable[str], blocks: Iterable[str]) -> list[str]:
-        """Those of our blocks that the authors' and timm's code can hold fused; ``names`` are all of the backbone's."""
+        """Which of our blocks the authors' and timm's code can hold fused; ``names`` are all names of the backbone."""
         known = {row.ours for row in self.table(list(names))}
         return [block for block in blocks if block in known]
 
@@ -122,7 +122,7 @@ REPVIT_DOWNSAMPLE = (
 
 
 def repvit_stage_lengths(names: Iterable[str]) -> list[int]:
-    """The number of blocks of each stage, stride-2 ones counted in, that the tensor names of a RepViT speak of."""
+    """The number of blocks of each stage of a RepViT, stride-2 blocks included, according to its tensor names."""
     last, downsamples = 0, set()
     timm: dict[int, int] = {}
     ours: dict[int, int] = {}
@@ -144,7 +144,7 @@ def repvit_stage_lengths(names: Iterable[str]) -> list[int]:
 
 
 def repvit_table(names: Collection[str]) -> list[Names]:
-    """The names of every module that holds tensors in the RepViT that ``names`` speak of."""
+    """The names of every module that holds tensors in the RepViT whose tensor names are given."""
     lengths = repvit_stage_lengths(names)
     table = list(REPVIT_STEM)
     flat = 0
@@ -227,7 +227,7 @@ FASTVIT_ATTENTION = r'network\.(6\.pe|6\.reparam_conv|7)\.|stages\.3\.(pos_emb|0
 
 
 def fastvit_table(names: Collection[str]) -> list[Names]:
-    """The names of every module that holds tensors in the FastViT that ``names`` speak of."""
+    """The names of every module that holds tensors in the FastViT whose tensor names are given."""
     attention = any(re.match(FASTVIT_ATTENTION, name) for name in names)
     depths = [0, 0, 0, 0]
     for name in names:
@@ -281,7 +281,7 @@ def mobileone_layer(ours: str, authors: str, timm: str) -> list[Names]:
 
 
 def mobileone_table(names: Collection[str]) -> list[Names]:
-    """The names of every module that holds tensors in the MobileOne that ``names`` speak of."""
+    """The names of every module that holds tensors in the MobileOne whose tensor names are given."""
     depths = [0, 0, 0, 0]
     for name in names:
         if match := re.match(r'stages\.([0-3])\.(\d+)\.(depthwise|pointwise)\.', name):
@@ -315,4 +315,4 @@ MOBILEONE_NAMES = Naming(
 )
 
 NAMINGS = (REPVIT_NAMES, FASTVIT_NAMES, MOBILEONE_NAMES)
-"""Of all families."""
+"""The conventions of all families."""

@@ -1,8 +1,9 @@
-"""A warning where pretrained weights get other images than those that they were trained on.
+"""Warns if pretrained weights are fed images that are normalized in another way than in pretraining.
 
-A backbone does not know what feeds it: its detector's data preprocessor does. The two meet as the backbone becomes a
-part of the detector, which is when torch calls :func:`check_normalization`. So the warning comes with every launcher,
-and no config has to ask for it. Nothing is said where images are normalized in a pipeline, which a model does not see.
+A backbone does not know how its images are normalized: the data preprocessor of its detector does. Both are known when
+the backbone becomes a part of the detector, and that is when torch calls :func:`check_normalization`. So the warning
+works with every launcher, and no config has to ask for it. Images that are normalized in a pipeline are not checked,
+because the model does not see the pipeline.
 """
 
 import logging
@@ -18,11 +19,11 @@ from .compat.openmmlab import may_normalize, normalizes, reverses_channels
 
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
-"""Of ImageNet's RGB images, from 0 to 255: what the released weights of all families were trained with."""
+"""Mean and standard deviation of ImageNet's RGB images, from 0 to 255, which all released weights were trained with."""
 
 
 def fed(preprocessor: nn.Module) -> str | None:
-    """What a data preprocessor makes of BGR images; ``None`` if that is what the pretrained weights expect."""
+    """How a data preprocessor changes BGR images, in words; ``None`` if that is what the pretrained weights expect."""
     order = 'RGB' if reverses_channels(preprocessor) else 'BGR'
     if not normalizes(preprocessor):
         return f'{order} from 0 to 255'
@@ -42,12 +43,12 @@ def rounded(values: torch.Tensor) -> list[float]:
 
 
 def check_normalization(model: nn.Module, name: str, backbone: nn.Module | None) -> None:
-    """Warn if a backbone with pretrained weights becomes a part of a model that feeds it other images than ImageNet's.
+    """Warn if a backbone with pretrained weights joins a model that does not normalize its images as ImageNet's.
 
     Args:
-        model: Anything that a module becomes a part of.
+        model: The module that gets a new part; any module.
         name: The part's name.
-        backbone: The part.
+        backbone: The part; any module.
     """
     if not isinstance(backbone, ReparamBackbone) or not is_pretrained(backbone):
         return

@@ -19,8 +19,8 @@ class StageDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """MMEngine's constructor with learning rates that fall from stage to stage towards the image.
 
     The last stage of the backbone learns at ``stage_decay`` times the learning rate, the one before it at
-    ``stage_decay`` squared, and so on to the stem; necks and heads learn at the full rate. This is layer-wise decay as
-    of ELECTRA (https://arxiv.org/abs/2003.10555) by stages, as ConvNeXt fine-tunes
+    ``stage_decay`` squared, and so on to the stem; necks and heads learn at the full rate. This is ELECTRA's
+    layer-wise decay (https://arxiv.org/abs/2003.10555) by stages, as ConvNeXt uses it for fine-tuning
     (https://arxiv.org/abs/2201.03545). In a config::
 
         optim_wrapper = dict(
@@ -28,7 +28,7 @@ class StageDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             paramwise_cfg=dict(stage_decay=0.7, norm_decay_mult=0.0, bias_decay_mult=0.0),
         )
 
-    Every other option of ``paramwise_cfg`` is MMEngine's and comes first.
+    Every other option of ``paramwise_cfg`` is MMEngine's and is applied first.
 
     Raises:
         ValueError: if ``stage_decay`` is not above 0 and at most 1, or the model has no backbone of this package.
@@ -49,7 +49,7 @@ class StageDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if not factors:
             raise ValueError('StageDecayOptimWrapperConstructor: the model has no backbone of repvit_mm')
         optim_wrapper = super().__call__(model)
-        # With paramwise_cfg each parameter has a group of its own.
+        # With paramwise_cfg MMEngine makes one group for each parameter.
         for group in optim_wrapper.optimizer.param_groups:
             group['lr'] *= factors.get(id(group['params'][0]), 1.0)
         return optim_wrapper

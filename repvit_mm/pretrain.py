@@ -1,6 +1,6 @@
-"""RepViT's classification head for MMPretrain, without which this module cannot be imported.
+"""RepViT's classification head for MMPretrain. This module needs MMPretrain to be imported.
 
-``custom_imports = dict(imports=['repvit_mm', 'repvit_mm.pretrain'])`` makes it known to configs.
+``custom_imports = dict(imports=['repvit_mm', 'repvit_mm.pretrain'])`` registers it for configs.
 """
 
 import re
@@ -22,14 +22,14 @@ CLASSIFIERS = {
     'head.head.': 'classifiers.labels.',
     'head.head_dist.': 'classifiers.teacher.',
 }
-"""What the authors and timm call the two classifiers -> what we do."""
+"""The authors' and timm's names of the two classifiers -> ours."""
 LAYERS = {'bn': 'norm', 'l': 'linear'}
 
 
 class MeanClassifier(ReparamBlock):
     """The mean of two classifiers, one that learned from the labels and one that learned from a teacher.
 
-    It equals a single linear layer, which it becomes where it is fused.
+    Together they equal a single linear layer, and fusing makes them one.
 
     Args:
         in_channels: Channels of the features.
@@ -54,7 +54,7 @@ class RepViTHead(ClsHead):
     """RepViT's head: the mean of its two classifiers, behind MMPretrain's ``GlobalAveragePooling``.
 
     The released ImageNet files of the authors and of timm load whole: name one in the ``init_cfg`` of the backbone and
-    in that of the head. Source: https://github.com/THU-MIG/RepViT, model/repvit.py.
+    in the ``init_cfg`` of the head. Source: https://github.com/THU-MIG/RepViT, model/repvit.py.
 
     Args:
         num_classes: Number of classes.
@@ -86,11 +86,11 @@ class RepViTHead(ClsHead):
         self.register_load_state_dict_pre_hook(RepViTHead.take_released_names)
 
     def forward(self, feats: tuple[Tensor, ...]) -> Tensor:
-        """The scores ``(N, num_classes)`` of pooled features, of which the last are ``(N, C)``."""
+        """The scores ``(N, num_classes)`` of the last pooled features, ``(N, C)``."""
         return self.classifiers(self.pre_logits(feats)[..., None, None]).flatten(1)
 
     def take_released_names(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Rename the classifiers of a released file; of a whole file that is loaded into the head, take no more."""
+        """Rename the classifiers of a released file, and drop the rest of the file if it is loaded into the head."""
         tensors = state_dict if prefix else dict(tensors_of(state_dict))
         renamed = {}
         for name in [name for name in tensors if name.startswith(tuple(prefix + theirs for theirs in CLASSIFIERS))]:

@@ -1,4 +1,4 @@
-"""Runs that may be killed at any moment: whole checkpoints, and a resumed run that repeats one never stopped."""
+"""Runs that may be killed at any moment: whole checkpoints, and resumed runs that end as if never stopped."""
 
 import os
 import random
@@ -41,23 +41,23 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Set the generators to what :func:`random_state` returned; CUDA devices that are not here are passed over."""
+    """Set the generators to what :func:`random_state` returned; CUDA devices that are missing here are skipped."""
     random.setstate(state['python'])
     np.random.set_state(state['numpy'])
-    # A resuming runner has read the checkpoint's tensors onto its device; generators want them on the CPU.
+    # A resuming runner reads a checkpoint's tensors onto its device; generators need them on the CPU.
     torch.set_rng_state(state['torch'].cpu())
     torch.cuda.set_rng_state_all([device.cpu() for device in state['cuda'][: torch.cuda.device_count()]])
 
 
 def fast_forward(batches: Iterator, dataloader: DataLoader, steps: int) -> None:
-    """Pass over batches by drawing their indices alone.
+    """Skip batches by drawing only their indices.
 
     Args:
         batches: A fresh iterator over the data loader: torch's, or MMEngine's endless one of an iteration-based loop.
         dataloader: What it iterates over.
-        steps: How many batches to pass over.
+        steps: How many batches to skip.
     """
-    # Worker processes have been handed the indices of the first batches already: as many come out before others do.
+    # Worker processes already have the indices of the first batches: as many batches come out before any others.
     begun = min(steps, dataloader.num_workers * (dataloader.prefetch_factor or 0))
     for _ in range(steps - begun):
         try:
@@ -70,7 +70,7 @@ def fast_forward(batches: Iterator, dataloader: DataLoader, steps: int) -> None:
 
 @register_backend('atomic_local')
 class AtomicLocalBackend(LocalBackend):
-    """MMEngine's access to the local disk, where a file that is put is there whole or not at all."""
+    """MMEngine's access to the local disk, which writes a file whole or not at all."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         """Write beside the file, flush to the disk, rename."""
@@ -79,18 +79,18 @@ class AtomicLocalBackend(LocalBackend):
 
 @HOOKS.register_module()
 class ResumableCheckpointHook(SavingBeforeRemovingHook):
-    """MMEngine's hook, safe against being killed at any moment; all options are as there.
+    """MMEngine's ``CheckpointHook`` with the same options, safe against being killed at any moment.
 
-    On the local disk (unless through the deprecated ``file_client_args``) checkpoints are written beside, flushed and
-    renamed. ``last_checkpoint`` follows the checkpoint in the same way, and only then are outdated files removed. What
-    a killed run left unfinished is removed as the next one in the folder begins.
+    On the local disk a checkpoint is written under another name, flushed and renamed (not with the deprecated
+    ``file_client_args``). Then ``last_checkpoint`` is written in the same way, and only then are outdated files
+    removed. Unfinished files of a killed run are removed when the next run in the folder begins.
 
     A checkpoint's ``meta`` holds a fingerprint of the annotations. A resumed run says if they are others now.
 
-    The states of the random number generators ride in a checkpoint's ``random_state``, a list with an item for each
-    process. Validation leaves the generators as it found them: a resumed run does not repeat the validation that
-    followed its checkpoint. With a seed and without worker processes, a resumed run thus repeats one that was never
-    stopped, bit by bit: from an epoch's end in MMEngine's ``EpochBasedTrainLoop``, from any iteration in
+    A checkpoint's ``random_state`` holds the states of the random number generators, a list with an item for each
+    process. Validation does not change the generators, because a resumed run does not repeat the validation that
+    followed its checkpoint. So with a seed and without worker processes, a resumed run repeats one that was never
+    stopped, bit by bit: from the end of an epoch in MMEngine's ``EpochBasedTrainLoop``, from any iteration in
     :class:`ResumableEpochBasedTrainLoop` and :class:`ResumableIterBasedTrainLoop`.
     """
 
@@ -102,12 +102,12 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
     saved_states: list[dict[str, Any]] | None = None
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Remember what a checkpoint, which the run may go on from or merely start with, says of its run."""
+        """Remember what a checkpoint says of its run; whether this run resumes from it is not known yet."""
         self.loaded_annotations = checkpoint.get('meta', {}).get('annotations')
         self.loaded_states = checkpoint.get('random_state', ())
 
     def before_train(self, runner: Runner) -> None:
-        """As MMEngine's; then clear away what a killed run left, and restore the random state."""
+        """Do as MMEngine does; then remove what a killed run left, and restore the random state."""
         super().before_train(runner)
         if isinstance(self.file_backend, LocalBackend):
             self.backend_args = dict(backend='atomic_local')
@@ -138,7 +138,7 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
                 )
 
     def choose_state(self, runner: Runner) -> None:
-        """Take this process's random state out of those of the checkpoint that the run goes on from."""
+        """Find this process's random state in the checkpoint that the run resumes from."""
         if len(self.loaded_states) == get_world_size():
             self.resumed_state = self.loaded_states[get_rank()]
         else:
@@ -166,7 +166,7 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
         self.saved_states = all_gather_object(self.training_state or random_state())
 
     def after_save(self, runner: Runner) -> None:
-        """A best checkpoint, which is not for resuming, gets none."""
+        """Add no random state to a best checkpoint: it is not for resuming."""
         self.saved_states = None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -178,9 +178,9 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
 
 @LOOPS.register_module()
 class ResumableIterBasedTrainLoop(SkippingIterBasedTrainLoop):
-    """MMEngine's loop, which resumes at once: the data that was trained on is passed over by its indices alone.
+    """MMEngine's loop, which resumes at once: it skips the data that was trained on by drawing only its indices.
 
-    Then, before the first batch is made, the method ``after_fast_forward`` of each hook that has one is called.
+    Then, before the first batch is made, it calls the method ``after_fast_forward`` of each hook that has one.
     """
 
     def skip_trained_data(self) -> None:
@@ -191,9 +191,9 @@ class ResumableIterBasedTrainLoop(SkippingIterBasedTrainLoop):
 
 @LOOPS.register_module()
 class ResumableEpochBasedTrainLoop(SkippingEpochBasedTrainLoop):
-    """MMEngine's loop, which also goes on within an epoch, where a run that was asked to stop has left off.
+    """MMEngine's loop, which also resumes within an epoch, where a run that was asked to stop has ended.
 
-    Before the first batch is made, the method ``after_fast_forward`` of each hook that has one is called.
+    Before the first batch is made, it calls the method ``after_fast_forward`` of each hook that has one.
     """
 
     def skip_trained_data(self, batches: Iterator, steps: int) -> None:
@@ -220,14 +220,14 @@ class StopOnSignalHook(Hook):
     """Ends a run that is asked to stop, by SIGTERM or Ctrl-C, with a checkpoint of the iteration that it is in.
 
     Slurm sends SIGTERM before it kills. With the loops of this file a resumed run repeats one that was never stopped.
-    In a job of several processes they agree every ten iterations on whether one of them was asked.
+    The processes of a job agree every ten iterations on whether one of them was asked to stop.
 
     Args:
-        patience: Seconds within which a further signal means the same. A later one ends the process at once, as without
-            this hook.
+        patience: Seconds within which a further signal is taken for the same request. A later one ends the process at
+            once, as it would without this hook.
     """
 
-    priority = 'LOWEST'  # when all that belongs to the iteration is done
+    priority = 'LOWEST'  # when everything else of the iteration is done
     signals = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, patience: float = 2.0) -> None:
@@ -238,7 +238,7 @@ class StopOnSignalHook(Hook):
         self.before: dict[int, Any] = {}
 
     def before_train(self, runner: Runner) -> None:
-        """Take over the signals; only a process's main thread may."""
+        """Take over the signals, which only the main thread of a process may do."""
         if threading.current_thread() is threading.main_thread():
             self.process = os.getpid()
             self.before = {signum: signal.signal(signum, self.note) for signum in self.signals}
@@ -251,7 +251,7 @@ class StopOnSignalHook(Hook):
 
     def note(self, signum: int, _: Any) -> None:
         """Remember the signal."""
-        if os.getpid() != self.process:  # a data loader's worker, which inherits this and a terminal signals too
+        if os.getpid() != self.process:  # a data loader's worker, which inherits the handler
             return
         if self.asked is None:
             self.asked, self.asked_at = signum, time.monotonic()
@@ -263,7 +263,7 @@ class StopOnSignalHook(Hook):
             os.kill(self.process, signum)
 
     def is_asked(self, iteration: int) -> bool:
-        """Whether this process was asked to stop, or any of the job's."""
+        """Whether any process of the job was asked to stop."""
         if get_world_size() == 1:
             return self.asked is not None
         if iteration % 10:
@@ -272,7 +272,7 @@ class StopOnSignalHook(Hook):
         return self.asked is not None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Note of which iteration there is a checkpoint."""
+        """Remember of which iteration there is a checkpoint."""
         self.saved_at = checkpoint['meta']['iter']
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
@@ -281,7 +281,7 @@ class StopOnSignalHook(Hook):
             self.stop(runner, runner.iter + 1)
 
     def after_val_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
-        """Stop, if asked and if there is a checkpoint of before this validation: now the weights may be averages."""
+        """Stop if asked and if a checkpoint was saved before this validation; the weights may be averages by now."""
         if self.before and get_world_size() == 1 and self.asked is not None and self.saved_at == runner.iter:
             self.end(runner, Path(runner.work_dir, 'last_checkpoint').read_text(), runner.iter)
 

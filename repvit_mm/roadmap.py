@@ -4,7 +4,7 @@ RepViT's paper (https://arxiv.org/abs/2307.09283, section 3) starts at MobileNet
 Here MobileNetV3-L is what :class:`RoadmapSpec` is by default, a step is the field that it changes, and the last step is
 RepViT-M1 of arXiv v1. ``docs/roadmap.md`` says for each step what the paper fixes and what had to be chosen.
 
-These networks are for learning what each step does. Those to train and deploy are in :mod:`~repvit_mm.repvit`.
+These networks show what each step does. The networks to train and deploy are in :mod:`~repvit_mm.repvit`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +39,7 @@ CHOICES = {
     'se': ('mobilenetv3', 'alternate', 'every', 'none'),
     'classifier': ('mobilenetv3', 'simple'),
 }
-"""Field of a spec -> what it can be."""
+"""Field of a spec -> its valid values."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class RoadmapSpec:
     """A network on the road; by default MobileNetV3-L with GELU.
 
     Args:
-        mixers_apart: Whether blocks mix tokens first and channels then. If not they are inverted bottlenecks, whose
-            depthwise convolution stands between the two 1x1 convolutions.
+        mixers_apart: Whether blocks mix first tokens and then channels. If not, they are inverted bottlenecks with the
+            depthwise convolution between the two 1x1 convolutions.
         expansion: Hidden channels of a block, as a multiple of its input's; ``None`` for MobileNetV3-L's own.
         channels: Channels of the four stages. With MobileNetV3-L's, stage 2 is 80 wide up to its last two blocks.
         stem: ``'mobilenetv3'``, or ``'early'`` for two 3x3 stride-2 convolutions.
@@ -62,7 +62,7 @@ class RoadmapSpec:
         reparam: Whether depthwise convolutions of stride 1 have further branches, which fold, if mixers are apart.
 
     Raises:
-        ValueError: if a field cannot be, alone or beside the others; names it.
+        ValueError: if a field is not valid, alone or together with the others; names it.
     """
 
     mixers_apart: bool = False
@@ -99,7 +99,7 @@ class RoadmapSpec:
             raise ValueError("downsampling='deep': it is made of RepViT's blocks; set mixers_apart and expansion too")
 
     def block_widths(self, stage: int) -> Iterator[tuple[int, int, int]]:
-        """Input, hidden and output channels of a stage's blocks, the one of stride 2 counted in."""
+        """Input, hidden and output channels of a stage's blocks, the block of stride 2 included."""
         count = self.depths[stage] + (stage > 0)
         outputs = [self.channels[stage]] * count
         if self.channels == RoadmapSpec.channels:
@@ -129,13 +129,13 @@ class RoadmapSpec:
 
 
 class Step(NamedTuple):
-    """A step of the road, and what the paper measured behind it.
+    """A step of the road, and what the paper measured after it.
 
     Args:
         title: What it does, in two or three words.
         change: The fields of the spec that it sets.
         top1: Accuracy on ImageNet-1k, in percent; ``None`` where the paper has none.
-        phone_ms: Latency on an iPhone 12 at 224x224, batch 1, in milliseconds; ``None`` likewise.
+        phone_ms: Latency on an iPhone 12 at 224x224, batch 1, in milliseconds; ``None`` where the paper has none.
     """
 
     title: str
@@ -252,7 +252,7 @@ class FeedForward(nn.Module):
 
 
 class LargeTokenMixer(TokenMixer):
-    """RepViT's token mixer with a larger kernel; its branch keeps the name that it has at 3x3.
+    """RepViT's token mixer with a larger kernel. The large branch is still called ``conv3x3``.
 
     Args:
         channels: Channels of the map.
@@ -266,7 +266,7 @@ class LargeTokenMixer(TokenMixer):
 
 
 class ApartBlock(Block):
-    """RepViT's block, or what it is on the way there: of other kernels, widths and strides, or with one branch alone.
+    """RepViT's block, or a step on the way to it: with other kernels, widths and strides, or with a single branch.
 
     Args:
         in_channels: Channels of the input, and of its token mixer.
@@ -339,7 +339,7 @@ class MobileNetV3Stem(nn.Module):
 
 
 def make_head(classifier: str, channels: int, num_classes: int) -> nn.Sequential:
-    """What makes ``(N, num_classes)`` logits of the last map ``(N, channels, H, W)``; see :class:`RoadmapSpec`."""
+    """The classifier, from the last map ``(N, channels, H, W)`` to logits ``(N, num_classes)``."""
     pool = nn.AdaptiveAvgPool2d(1)
     if classifier == 'simple':
         return nn.Sequential(pool, NormLinear(channels, num_classes, bias=True), nn.Flatten())
@@ -363,7 +363,7 @@ class RepViTRoadmap(RepViT):
 
     specs = ROADMAP
     spec_type = RoadmapSpec
-    # Of networks to deploy, which these are not; what the paper measured is in STEPS.
+    # Only for networks that are deployed; what the paper measured is in STEPS.
     top1: ClassVar = {}
 
     def __init__(self, step: str | Mapping[str, Any] = 'se', **options: Any) -> None:

@@ -1,7 +1,7 @@
-"""What a checkpoint may refer to, and what stands in for it: nothing here runs anything or asks for much memory.
+"""What a checkpoint may refer to, and the harmless stand-ins: none of them runs code or takes much memory.
 
-Torch's reader with ``weights_only`` calls what is listed with arguments of the file's choice. So a function or class
-that could be misused is replaced by one that does the least that an honest file needs.
+With ``weights_only``, torch's reader calls the listed functions with arguments that the file chooses. So a function or
+class that could be misused is replaced by one that does only what an honest file needs.
 """
 
 import argparse
@@ -20,9 +20,9 @@ STATISTICS = ('min', 'max', 'current', 'mean')
 
 
 def history_getattr(owner: type, name: str) -> Callable:
-    """What ``getattr`` stands for in MMEngine's checkpoints: one of the four statistics of a ``HistoryBuffer``.
+    """Stand-in for ``getattr``, by which MMEngine's checkpoints refer to the statistics of a ``HistoryBuffer``.
 
-    The real ``getattr`` reaches everything, so a file that may call it may do anything.
+    The real ``getattr`` reaches everything: a file that may call it could do anything.
     """
     if owner is not HistoryBuffer or name not in STATISTICS:
         raise pickle.UnpicklingError(f'a checkpoint may not look up {name!r} of {owner!r}')
@@ -30,13 +30,13 @@ def history_getattr(owner: type, name: str) -> Callable:
 
 
 def refused_attribute(reason: str) -> str | None:
-    """What :func:`history_getattr` refused, if that is why a file could not be read: torch passes on its words."""
+    """What :func:`history_getattr` refused, if that is why a file could not be read: torch passes its message on."""
     match = re.search(r'a checkpoint may not look up (.*)', reason)
     return f'getattr of {match[1]}' if match else None
 
 
 def empty_bytes() -> bytes:
-    """What an empty array is written with; the real ``bytes`` takes any length."""
+    """Stand-in for ``bytes``, by which an empty array is written; the real one takes any length."""
     return b''
 
 

@@ -34,7 +34,7 @@ class RepViTSpec:
             or the convolutions among them one by one before it (arXiv v1).
 
     Raises:
-        ValueError: if there are not four positive numbers of each, or a width is odd.
+        ValueError: if there are not four positive numbers of each, or the first width is odd.
     """
 
     channels: tuple[int, int, int, int]

@@ -1,4 +1,4 @@
-"""Looks at a config's data before a training run does: what would ruin the run, and what the model will see."""
+"""Checks a config's data before training: what would ruin the run, and what the model will see."""
 
 from .check import check_config, check_readable
 from .records import DataError

@@ -21,10 +21,10 @@ QUICK_IMAGES = 64
 """How many images and label maps, spread over the data set, the quick check opens."""
 
 TOLERANCE = 1.0
-"""Pixels that a box may reach over its image: coordinates are rounded."""
+"""Pixels by which a box may reach beyond its image, because coordinates are rounded."""
 
 Progress = Callable[[Sequence, str], Iterable]
-"""Called with what is gone through and a title; iterated over in its place."""
+"""Wraps an iterable, given a title, to show progress; iterated over in its place."""
 
 
 def check_config(
@@ -33,13 +33,13 @@ def check_config(
     quick: bool = False,
     progress: Progress = lambda items, title: items,
 ) -> list[Report]:
-    """Look at the data sets of a config.
+    """Check the data sets of a config.
 
     Args:
         cfg: A detector's or segmentor's config.
         splits: Which data loaders' data sets.
-        quick: Whether to read annotations and headers alone, and to open :data:`QUICK_IMAGES` images of a segmentation
-            data set; else every image and every label map is read whole.
+        quick: Whether to read only annotations and headers, and to open :data:`QUICK_IMAGES` images of a segmentation
+            data set. Otherwise every image and every label map is read.
         progress: Shows how far it is.
 
     Returns:
@@ -56,7 +56,7 @@ def check_config(
 
 
 def check_readable(cfg: Mapping[str, Any], *splits: str) -> None:
-    """Look only at whether the splits' annotations can be read, and whether the images are there.
+    """Check only that the splits' annotations can be read, and that the images are there.
 
     Raises:
         DataError: if not, or if a data set cannot be built.
@@ -74,7 +74,7 @@ def check_readable(cfg: Mapping[str, Any], *splits: str) -> None:
 
 
 def check_dataset(cfg: Mapping[str, Any], name: str, config: Any, quick: bool, progress: Progress) -> Report:
-    """Look at one data set."""
+    """Check one data set."""
     report = Report(name, str(config.get('type')))
     trains = name.startswith('train')
     try:
@@ -109,14 +109,14 @@ def check_dataset(cfg: Mapping[str, Any], name: str, config: Any, quick: bool, p
 def check_heads(cfg: Mapping[str, Any], report: Report) -> None:
     """Compare the heads' numbers of classes with the data set's."""
     if isinstance(report.classes, str) or not report.classes:
-        return  # said elsewhere, or a data set without classes
+        return  # reported elsewhere, or a data set without classes
     number = len(report.classes)
     for setting, found in wrong_heads(cfg.get('model') or {}, number).items():
         report.error(f'{setting} is {found}, but {report.name} has {count(number, "class")} ({some(report.classes)})')
 
 
 def why_empty(dataset: Any) -> str:
-    """What else lies in the folder of a data set that found no image in it."""
+    """What a folder holds in which a data set found no image."""
     suffix, folder = getattr(dataset, 'img_suffix', None), (dataset.data_prefix or {}).get('img_path')
     if not suffix or not folder or not os.path.isdir(folder):
         return ''
@@ -129,7 +129,7 @@ def why_empty(dataset: Any) -> str:
 
 
 def check_files(records: list[ImageRecord], report: Report) -> list[ImageRecord]:
-    """Note which images and label maps are not there; returns the records that are whole."""
+    """Report which images and label maps are missing; returns the complete records."""
     for what, missing in (
         ('image', [record.path for record in records if not is_there(record.path)]),
         ('label map', [path for record in records if (path := label_path(record)) and not is_there(path)]),
@@ -145,7 +145,7 @@ def label_path(record: ImageRecord) -> str | None:
 
 
 def check_boxes(records: list[ImageRecord], report: Report, trains: bool) -> None:
-    """Look at every box: is it one, does it lie in its image, is its label a class."""
+    """Check every box: that it has a size, lies in its image and has a class's label."""
     wrong: dict[str, list[str]] = defaultdict(list)
     for record in records:
         report.empty += not record.boxes
@@ -187,12 +187,12 @@ def outside(box: Sequence[float], size: tuple[int, int]) -> bool:
 
 
 def distinct(paths: Sequence[str]) -> list[str]:
-    """Each path once."""
+    """Each path once, in order."""
     return list(dict.fromkeys(paths))
 
 
 def check_images(records: list[ImageRecord], report: Report, progress: Progress) -> None:
-    """Read every image whole: can it be read, and is it as large as its annotation says."""
+    """Read every image: check that it can be read and is as large as its annotation says."""
     unreadable: list[str] = []
     sizes: list[str] = []
 
@@ -229,7 +229,7 @@ def check_label_maps(
     quick: bool,
     progress: Progress,
 ) -> None:
-    """Read label maps as training does: are they as large as their images, are their values classes."""
+    """Read label maps as training does: check that they are as large as their images and hold classes only."""
     records = [record for record in records if label_path(record)]
     if quick:
         records = [records[index] for index in spread_over(len(records), QUICK_IMAGES)]
@@ -296,12 +296,12 @@ def check_label_maps(
 
 
 def spread_over(length: int, most: int) -> list[int]:
-    """At most so many indices, evenly spread."""
+    """At most ``most`` indices, evenly spread."""
     return sorted({int(index) for index in np.linspace(0, length - 1, min(length, most))}) if length else []
 
 
 def out_of_range(value: int, paths: list[str], report: Report, dataset: Any, cfg: Mapping[str, Any]) -> str:
-    """What to say of a label value that is no class."""
+    """The message about label values that are no classes."""
     heads = [name for name, _ in segmentation_heads(cfg.get('model') or {})]
     settings = [f'{name}.ignore_index={value}' for name in heads]
     settings += [f'model.data_preprocessor.seg_pad_val={value}', f'val_evaluator.ignore_index={value}']
@@ -314,7 +314,7 @@ def out_of_range(value: int, paths: list[str], report: Report, dataset: Any, cfg
 
 
 def check_padding(cfg: Mapping[str, Any], report: Report) -> None:
-    """Compare what images are padded with with what the heads ignore."""
+    """Compare the value that label maps are padded with to the value that the heads ignore."""
     model = cfg.get('model') or {}
     padded = (model.get('data_preprocessor') or {}).get('seg_pad_val', 255)
     for name, head in segmentation_heads(model):
@@ -327,7 +327,7 @@ def check_padding(cfg: Mapping[str, Any], report: Report) -> None:
 
 
 def check_balance(report: Report) -> None:
-    """Note the classes that a training data set does not show."""
+    """Report the classes that a training data set does not show."""
     absent = [name for index, name in enumerate(report.classes) if not report.amounts[index]]
     if report.amounts and absent and report.looked_at == report.images:
         report.warn(

@@ -21,7 +21,7 @@ def wanted_paths(cfg: Mapping[str, Any], *splits: str) -> Iterator[tuple[str, st
 
     Args:
         cfg: The config.
-        splits: Of :data:`SPLITS`; one that the config does not have is passed over.
+        splits: Some of :data:`SPLITS`; those that the config does not have are skipped.
 
     Yields:
         The name of the setting, and the path.
@@ -41,5 +41,5 @@ def wanted_paths(cfg: Mapping[str, Any], *splits: str) -> Iterator[tuple[str, st
 
 
 def is_there(path: str) -> bool:
-    """Whether a file or folder is there; one behind an address is taken to be."""
+    """Whether a file or folder is there; one behind an address is assumed to be."""
     return '://' in path or os.path.exists(path)

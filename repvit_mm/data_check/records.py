@@ -1,4 +1,4 @@
-"""A data set's images with their annotations: straight from a COCO file, or as the data set's own class reads them."""
+"""A data set's images with their annotations, read from a COCO file directly or by the data set's class."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def read_records(dataset: Any, report: Report, masks: bool) -> list[ImageRecord]
 
     Args:
         dataset: The data set.
-        report: Where its name is, and where what is found on the way goes.
+        report: Holds the data set's name; findings are added to it.
         masks: Whether the model learns masks.
 
     Raises:
@@ -124,7 +124,7 @@ def load_coco(path: str, annotated: bool = True) -> dict[str, Any]:
 
 
 def read_coco(dataset: Any, report: Report, masks: bool) -> list[ImageRecord]:
-    """The images of a COCO file, and what MMDetection leaves out of it or takes for something else."""
+    """The images of a COCO file; reports what MMDetection leaves out of it or misreads."""
     path = dataset.ann_file
     content = load_coco(path, annotated=not dataset.test_mode)
     labels = match_categories(path, content['categories'], dataset.metainfo.get('classes'), report)

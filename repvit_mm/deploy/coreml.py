@@ -1,4 +1,4 @@
-"""Core ML packages. They are converted on any system and run on Apple's only, so the converted program is looked at."""
+"""Core ML packages. They can be made on any system but run only on Apple's, so the converted program is inspected."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from .metadata import KEY, FileInfo
 def write_package(graph: Graph, images: Tensor, info: FileInfo, path: Path, half: bool) -> None:
     """Convert a graph to an ML program with an image as its input, and save it.
 
-    Core ML scales all channels of an image by one number and shifts each by its own. What is left of the normalization,
-    a factor of each channel close to 1, stays inside. Nothing is folded into the first convolution: its padding is
-    with zeros behind the normalization, which no shift before it can give.
+    Core ML scales all channels of an image by one number and shifts each channel by its own. The rest of the
+    normalization, a factor close to 1 for each channel, stays in the network. The shift is not folded into the first
+    convolution: that pads the normalized image with zeros, and no shift before the padding can give the same.
 
     Args:
         graph: The graph; its normalization is changed for the conversion and put back.
         images: A batch of one to trace it with.
-        info: What the package says of itself.
+        info: The package's description.
         path: The package.
         half: Whether it computes in half precision, which the Neural Engine needs.
 
@@ -72,7 +72,7 @@ def write_package(graph: Graph, images: Tensor, info: FileInfo, path: Path, half
 
 
 def _program(graph: Graph, images: Tensor, several_sizes: bool) -> Any:
-    """A graph as coremltools takes it: for one size without a computation of sizes in it."""
+    """A graph as coremltools takes it: if it has one size, without any computation of sizes."""
     if several_sizes:
         graph.size = None
         return torch.jit.trace(graph, images, check_trace=False)
@@ -107,7 +107,7 @@ def count_convolutions(graph: nn.Module, images: Tensor) -> int:
 
 
 def operations(spec: Any) -> Iterator[Any]:
-    """All operations of a converted program, those inside loops and branches too."""
+    """All operations of a converted program, including those inside loops and branches."""
 
     def within(block: Any) -> Iterator[Any]:
         for operation in block.operations:

@@ -1,4 +1,4 @@
-"""An exported file in the place of a config's network: same data set, same metric, same table."""
+"""Tests an exported file by its config: same data set, same metric, same table."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +20,7 @@ from .prediction import FittedImage, LabelMap, fit_image, predict
 from .runtimes import open_file
 
 GEOMETRY = ('Resize', 'FixScaleResize', 'ResizeToMultiple', 'Pad')
-"""Steps of a test pipeline whose place :class:`FitToFile` takes."""
+"""Steps of a test pipeline that :class:`FitToFile` replaces."""
 
 OF_THE_NETWORK = ('EMAHook', 'FuseOnDeployHook')
 """Hooks that need the network itself."""
@@ -47,7 +47,7 @@ class ExportedModel(BaseModel):
         self.runtime = open_file(file, threads)
 
     def test_step(self, data: dict[str, Any]) -> list[BaseDataElement]:
-        """Predict on a batch of the pipeline's; normalization and padding are the file's own business."""
+        """Predict on a batch of the pipeline's; the file itself normalizes and pads."""
         return self(data['inputs'], data['data_samples'])
 
     def forward(self, inputs: Sequence[Tensor], data_samples: Sequence[BaseDataElement]) -> list[BaseDataElement]:
@@ -79,22 +79,22 @@ class FitToFile(BaseTransform):
     """Resizes and pads an image as a file of fixed size takes it, and as ``tools/predict.py`` does.
 
     Args:
-        info: What the file says of itself, as a dictionary.
+        info: The file's description as a dictionary.
     """
 
     def __init__(self, info: dict[str, Any]) -> None:
         self.info = FileInfo.from_dict(info)
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Change ``img``, and say what is where: ``img_shape`` is what is not padding."""
+        """Change ``img``; ``img_shape`` becomes the size without padding."""
         fitted = fit_image(results['img'], self.info)
-        # What packs the image expects it as it was loaded: (H, W, 3), BGR.
+        # The packing step expects an image as it is loaded: (H, W, 3), BGR.
         results['img'] = np.ascontiguousarray(fitted.pixels[::-1].transpose(1, 2, 0))
         return dict(results, img_shape=fitted.content, scale_factor=fitted.scale, keep_ratio=self.info.keep_ratio)
 
 
 def put_file(cfg: Config, path: str) -> str:
-    """Put an exported file in the place of a config's network, for a test run.
+    """Let an exported file replace the network of a config, for a test run.
 
     A file of any size gets the images as the config's pipeline makes them. A file of fixed size gets them resized to
     fit it, within the config's own scale and with their aspect ratio if the config keeps it, and padded at the right
@@ -109,7 +109,7 @@ def put_file(cfg: Config, path: str) -> str:
 
     Raises:
         RuntimeFileError: if the file cannot be opened.
-        MismatchError: if it is of another task, has other classes, or lacks the masks that are to be evaluated.
+        MismatchError: if it is of another task, has other classes, or gives no masks where masks are evaluated.
     """
     info = open_file(path).info
     check(info, cfg, path)

@@ -1,4 +1,4 @@
-"""From a fused model to a file that runs elsewhere, which is compared with the model before it is put in its place."""
+"""Exports a fused model to a file that runs elsewhere; the file is kept only if it computes what the model does."""
 
 import copy
 import logging
@@ -30,7 +30,7 @@ from .timing import Spread, interleave
 from .verify import TOLERANCES, Difference, compare, framework_outputs, largest
 
 OPSET = 17
-"""Of ONNX files: one that every current runtime reads, and the first one but one whose RoiAlign is right."""
+"""Opset of ONNX files. Every current runtime reads it, and since opset 16 RoiAlign computes what mmcv's does."""
 
 What = Literal['model', 'backbone']
 
@@ -41,12 +41,12 @@ class Options:
 
     Args:
         what: The whole model, or its backbone.
-        sizes: Heights and widths in pixels that the file shall take, the default one first.
-        dynamic: Whether it shall take any number of images of any size; the default size is what it is tried with.
+        sizes: Heights and widths in pixels that the file takes, the default one first.
+        dynamic: Whether it takes any number of images of any size; then it is tried with the default size.
         half: Whether to store the weights in half precision.
-        bf16: Whether the file shall be run in bfloat16 where the processor multiplies it.
-        logits: Whether a segmentor shall give logits instead of labels.
-        opset: Of an ONNX file.
+        bf16: Whether the file is run in bfloat16 on processors that multiply it.
+        logits: Whether a segmentor gives logits instead of labels.
+        opset: The opset of an ONNX file.
     """
 
     what: What = 'model'
@@ -59,7 +59,7 @@ class Options:
 
     @property
     def precision(self) -> str:
-        """The precision of the file, as it says of itself."""
+        """The precision of the file, as its description names it."""
         return 'bfloat16' if self.bf16 else 'float16' if self.half else 'float32'
 
 
@@ -75,14 +75,14 @@ class Exporter:
     """A kind of file.
 
     Args:
-        suffix: Of its name.
-        write: What writes it.
-        library: The distributions that make it.
-        suppress: Gives the formulation of non-maximum suppression that it keeps.
+        suffix: The suffix of its name.
+        write: The function that writes it.
+        library: The distributions that are needed to make it.
+        suppress: Returns the implementation of non-maximum suppression that the format can represent.
         dynamic: Whether it can take images of any size.
         several_sizes: Whether it can take images of several given sizes.
-        half: What half precision means: ``'graph'``, a network that computes in it; ``'file'``, something that the
-            writer sees to; or why there is none.
+        half: What half precision means: ``'graph'`` for a network that computes in it, ``'file'`` if the writer handles
+            it; any other text is the reason why there is none.
         runs: Whether the file can be run, and compared, on this system.
     """
 
@@ -98,14 +98,14 @@ class Exporter:
 
 @dataclass
 class Report:
-    """What became of an export.
+    """The outcome of an export.
 
     Args:
         path: The file.
-        bytes: Its size, that of files that belong to it included.
-        differences: What was fed -> how far the file's outputs are off the framework's own.
+        bytes: Its size, including files that belong to it.
+        differences: Kind of input -> how much the file's outputs differ from the framework's.
         times: ``'pytorch'`` and ``'file'`` -> seconds for an image; empty if the file does not run here.
-        notes: What else is to be said.
+        notes: Further remarks, one line each.
     """
 
     path: Path
@@ -177,11 +177,11 @@ def write_executorch(graph: Graph, images: Tensor, info: FileInfo, path: Path, o
 
 
 def lower_executorch(program: torch.export.ExportedProgram, info: FileInfo, path: Path) -> None:
-    """Write a program for ExecuTorch; what XNNPACK has is left to it."""
+    """Write a program for ExecuTorch; XNNPACK computes everything that it supports."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    # A method that returns a constant is where a program keeps what it says of itself.
+    # A program keeps its description in a method that returns a constant.
     edge = to_edge_transform_and_lower(
         program, partitioner=[XnnpackPartitioner()], constant_methods={KEY: info.to_json()}
     )
@@ -192,7 +192,7 @@ def exported_program(graph: Graph, images: Tensor, options: Options) -> torch.ex
     """A graph as ``torch.export`` gives it."""
     any_size = torch.export.Dim.AUTO
     shapes = ({0: any_size, 2: any_size, 3: any_size},) if options.dynamic else None
-    # What torch remembers of an earlier loop of other sizes would decide which sizes are free in this one.
+    # torch caches loops. A cached loop of other sizes would decide which sizes of this one may vary.
     torch.compiler.reset()
     with any_row_count(options.dynamic):
         return torch.export.export(graph, (images,), dynamic_shapes=shapes)
@@ -232,10 +232,10 @@ EXPORTERS: dict[str, Exporter] = {
 
 
 def check_options(target: str, path: Path, options: Options) -> None:
-    """Refuse what a target cannot do, before anything is computed.
+    """Refuse options that a target does not support, before anything is computed.
 
     Raises:
-        ExportError: with what to do instead.
+        ExportError: that says what to do instead.
     """
     exporter = EXPORTERS[target]
     if path.suffix != exporter.suffix:
@@ -289,7 +289,7 @@ class Exportable:
 
 
 def build_graph(model: nn.Module, target: str, options: Options) -> Graph:
-    """What is exported of a fused model, on a copy of it.
+    """The graph that is exported, made of a copy of a fused model.
 
     Raises:
         ExportError: if the model is of a kind that cannot be exported.
@@ -298,8 +298,8 @@ def build_graph(model: nn.Module, target: str, options: Options) -> Graph:
     twin = copy.deepcopy(model).requires_grad_(False)
     if options.half and exporter.half == 'graph':
         twin.half()
-    whole = options.what == 'model'
-    graph = graph_of(twin, options.logits, exporter.suppress()) if whole else backbone_graph(twin)
+    whole_model = options.what == 'model'
+    graph = graph_of(twin, options.logits, exporter.suppress()) if whole_model else backbone_graph(twin)
     graph.size = None if options.dynamic else options.sizes[0]
     return graph.eval()
 
@@ -311,7 +311,7 @@ def export(exportable: Exportable, path: Path, images: Sequence[np.ndarray] = ()
         exportable: What to export.
         path: Where the file shall lie.
         images: Real images ``(3, H, W)``, RGB, values from 0 to 255, for the comparison beside random ones.
-        rounds: How often model and file are timed in turns; 0 does not time them.
+        rounds: How often model and file are timed, taking turns; 0 does not time them.
 
     Raises:
         ExportError: if the target's library is missing or fails, or if the file and the model disagree by more than
@@ -332,7 +332,7 @@ def export(exportable: Exportable, path: Path, images: Sequence[np.ndarray] = ()
         else:
             report.differences = check_outputs(exportable, partial(graph_outputs, graph), images)
             report.notes.append(f'{target} files do not run on this system: compared was what went into the converter')
-        # What belongs to the file comes first: it is never there without.
+        # Files that belong to it are moved first, so that it is never there without them.
         for file in sorted(Path(scratch).iterdir(), key=lambda file: file == part):
             goal = path.parent / file.name
             if goal.is_dir():
@@ -342,18 +342,18 @@ def export(exportable: Exportable, path: Path, images: Sequence[np.ndarray] = ()
 
 
 def write_file(graph: Graph, info: FileInfo, target: str, path: Path, options: Options, batch: int = 1) -> FileInfo:
-    """Write a graph to a file. Whether the file computes what it should is for the caller to find out.
+    """Write a graph to a file, without checking what the file computes.
 
     Args:
         graph: The graph.
-        info: What the file says of itself; sizes, precision and versions are filled in here.
+        info: The file's description; sizes, precision and versions are filled in here.
         target: A name in ``EXPORTERS``.
         path: The file.
         options: The same as the graph's.
         batch: How many images a file of a fixed size takes at once.
 
     Returns:
-        What the file says of itself.
+        The complete description.
 
     Raises:
         ExportError: if the target's library is missing or fails.
@@ -369,7 +369,7 @@ def write_file(graph: Graph, info: FileInfo, target: str, path: Path, options: O
         precision=options.precision,
         versions=info.versions | versions(exporter.library),
     )
-    # Two images where their number is left open: torch.export takes one for a constant.
+    # Two images if their number may vary: torch.export would take a one for a constant.
     images = torch.from_numpy(random_images(2 if options.dynamic else batch, options.sizes[0]))
     try:
         with torch.no_grad(), quiet():
@@ -382,10 +382,10 @@ def write_file(graph: Graph, info: FileInfo, target: str, path: Path, options: O
 
 
 def open_exported(path: Path, info: FileInfo) -> Run:
-    """What runs a file that was just written, in its own runtime.
+    """Open a file that was just written in its own runtime.
 
     Raises:
-        ExportError: if it cannot be opened, or says something else of itself.
+        ExportError: if it cannot be opened, or if its description is another one.
     """
     try:
         runtime = open_file(path, torch.get_num_threads())
@@ -398,20 +398,20 @@ def open_exported(path: Path, info: FileInfo) -> Run:
 
 @torch.inference_mode()
 def graph_outputs(graph: Graph, images: np.ndarray) -> dict[str, np.ndarray]:
-    """What a graph itself computes, in the form of a file's outputs."""
+    """The outputs of a graph run by PyTorch, in the form of a file's outputs."""
     outputs = graph(torch.from_numpy(images))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return {name: output.numpy() for name, output in zip(graph.outputs, outputs, strict=True)}
 
 
 def check_outputs(exportable: Exportable, run: Run, images: Sequence[np.ndarray]) -> dict[str, Difference]:
-    """Compare what a file gives with what the model predicts by its own framework.
+    """Compare a file's outputs with what the model predicts by its own framework.
 
     Returns:
-        What was fed -> the largest difference that was seen.
+        Kind of input -> the largest difference.
 
     Raises:
-        ExportError: if they disagree.
+        ExportError: if they differ by more than is tolerated.
     """
     graph, options = exportable.graph, exportable.options
     found = {}
@@ -436,7 +436,7 @@ def check_outputs(exportable: Exportable, run: Run, images: Sequence[np.ndarray]
 
 
 def compare_times(exportable: Exportable, run: Run, images: Sequence[np.ndarray], rounds: int) -> dict[str, Spread]:
-    """Seconds that the model and a file take for one image, in turns."""
+    """Seconds that the model and a file take for one image, measured in turns."""
     options = exportable.options
     batch = next(iter(trials(options, images[:1]).values()))[0]
     candidates = {
@@ -447,10 +447,10 @@ def compare_times(exportable: Exportable, run: Run, images: Sequence[np.ndarray]
 
 
 def trials(options: Options, images: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
-    """Batches to compare a file on, by what they are; real images come first if there are any.
+    """Batches to compare a file on, by kind of input; real images come first if there are any.
 
-    A file of a fixed size gets the real images resized. One of any size gets them as they are, and random ones also in
-    a batch of two of another size.
+    A file of a fixed size gets the real images resized. A file of any size gets them as they are, and also random
+    images in a batch of two of another size.
     """
     found = {}
     if images:
@@ -460,13 +460,13 @@ def trials(options: Options, images: Sequence[np.ndarray]) -> dict[str, list[np.
     batches = [random_images(1, options.sizes[0])]
     if options.dynamic:
         height, width = options.sizes[0]
-        # The other way round, in multiples of what any network halves its images to.
+        # Height and width swapped, in multiples of the largest stride.
         batches.append(random_images(2, (-(-width // 32) * 32, (height // 32 + 1) * 32)))
     return found | {'random images': batches}
 
 
 def random_images(count: int, size: tuple[int, int]) -> np.ndarray:
-    """Noise of every fineness, ``(N, 3, H, W)`` from 0 to 255: fine noise alone looks the same to a network."""
+    """Coarse and fine noise, ``(N, 3, H, W)`` from 0 to 255: to a network, images of only fine noise look alike."""
     generator = torch.Generator().manual_seed(0)
     images = torch.zeros(count, 3, *size)
     for side in (2, 8, 32):
@@ -484,7 +484,7 @@ def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Exporters warn of what they always do: sizes that become constants, their own age, untested versions."""
+    """Within the context exporters do not warn: of sizes that become constants, their own age, untested versions."""
     disabled = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

@@ -1,4 +1,4 @@
-"""Folding what is left of a whole model: the BatchNorms of necks and heads, into the convolutions in front of them."""
+"""Folds the BatchNorms of necks and heads into the convolutions in front of them."""
 
 import copy
 import logging
@@ -18,11 +18,11 @@ from ..reparam import conv_kernel, fold_norm
 
 @dataclass
 class FoldReport:
-    """What was folded into convolutions, and what was not.
+    """Which norms were folded into convolutions, and which were not.
 
     Args:
-        folded: Names of the norms that are gone.
-        left: Name of each norm that stays -> why.
+        folded: Names of the norms that were folded.
+        left: Name of each other norm -> why it was not.
         difference: The largest output difference of a folded convolution on a random input, relative to its largest
             output; not a number if a norm is broken.
     """
@@ -45,7 +45,7 @@ class FoldReport:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A convolution and the norm directly behind it, by their names within a module that runs both."""
+    """A convolution and the norm directly behind it, by their names in the module that runs both."""
 
     parent: nn.Module
     conv: str
@@ -56,14 +56,14 @@ class _Pair:
 def fold_conv_norms(model: nn.Module) -> FoldReport:
     """Fold each BatchNorm outside the backbone that directly follows a convolution into it, in place.
 
-    What follows what is known of mmcv's ``ConvModule``, which states its order, and is read off the traced graph of any
-    other module that holds norms. It is never guessed from the order in which modules are registered. A convolution
-    that several norms follow, as RTMDet's heads share theirs between levels, becomes one convolution for each of them.
-    Kernels are folded in float64; they keep their dtype, device and memory format.
+    The order is known for mmcv's ``ConvModule``, which states it. For any other module that holds norms it is read off
+    the traced graph. It is never guessed from the order in which modules are registered. A convolution that several
+    norms follow becomes one convolution for each of them: RTMDet's heads share theirs between levels. Kernels are
+    folded in float64; they keep their dtype, device and memory format.
 
     Args:
-        model: A detector, a segmentor or a part of one in ``eval`` mode. Backbones of this package are left alone:
-            those are :func:`~repvit_mm.reparam.switch_to_deploy`'s.
+        model: A detector, a segmentor or a part of one in ``eval`` mode. Backbones of this package are not touched:
+            :func:`~repvit_mm.reparam.switch_to_deploy` fuses them.
 
     Returns:
         What was folded and what was not. The log gets a line on it, too.
@@ -92,7 +92,7 @@ def fold_conv_norms(model: nn.Module) -> FoldReport:
             folded = _folded(conv, norm)
             folds.append((pair, folded))
             report.folded.append(prefix + pair.norm)
-            # Unlike Python's, NumPy's maximum does not lose a NaN.
+            # Unlike Python's max, NumPy's keeps a NaN.
             report.difference = float(np.maximum(report.difference, _difference(conv, norm, folded)))
     # Every kernel is computed before the first is replaced: a norm or a convolution may serve in several places.
     for pair, conv in folds:
@@ -103,7 +103,7 @@ def fold_conv_norms(model: nn.Module) -> FoldReport:
 
 
 def _pairs_of(parent: nn.Module) -> tuple[list[_Pair], Mapping[str, str]]:
-    """The convolutions and norms among a module's children that run one directly behind the other.
+    """The pairs of a convolution and a norm, among a module's children, that run directly one after the other.
 
     Returns:
         The pairs, and for each other norm among its children why it has no convolution.
@@ -125,7 +125,7 @@ def _pairs_of(parent: nn.Module) -> tuple[list[_Pair], Mapping[str, str]]:
 
 
 class _Shallow(fx.Tracer):
-    """Traces what a module itself does with its children."""
+    """Traces only what a module does with its children, not what happens inside them."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return True
@@ -139,7 +139,7 @@ def _consecutive(parent: nn.Module) -> tuple[dict[str, str], str]:
     """
     try:
         graph = _Shallow().trace(parent)
-    except Exception:  # a module's code may do anything with what is no tensor
+    except Exception:  # tracing replaces tensors, and a module's code may not work with that
         return {}, 'what runs before it cannot be traced'
     calls = [node for node in graph.nodes if node.op == 'call_module']
     uses = [node.target for node in calls]
@@ -164,7 +164,7 @@ def _obstacle(conv: nn.Module, norm: nn.Module) -> str | None:
         return f'{type(norm).__name__} depends on the image'
     if norm.running_mean is None:
         return 'it keeps no running statistics'
-    # A subclass of a convolution may do more than that; mmcv's only looks after empty images.
+    # A subclass of a convolution may do more; mmcv's only handles empty images.
     plain = (nn.Conv2d, *_classes('mmcv.cnn.bricks.wrappers', 'Conv2d'))
     if type(conv) not in plain:
         return f'{type(conv).__name__} is no plain convolution'
@@ -192,10 +192,10 @@ def _difference(conv: nn.Conv2d, norm: BatchNorm, folded: nn.Conv2d) -> float:
 
 
 def _replace(pair: _Pair, conv: nn.Conv2d) -> None:
-    """Put the folded convolution into the place of a pair."""
+    """Replace a pair by its folded convolution."""
     pair.parent.set_submodule(pair.conv, conv)
     if _is_conv_module(pair.parent):
-        # As if it had been built without a norm.
+        # The same state as if it had been built without a norm.
         delattr(pair.parent, pair.norm)
         pair.parent.norm_name, pair.parent.norm_cfg = None, None
         pair.parent.with_norm, pair.parent.with_bias = False, True
@@ -209,7 +209,7 @@ def _is_conv_module(module: nn.Module) -> bool:
 
 
 def _classes(module: str, name: str) -> Iterator[type]:
-    """A class of a library that need not be there: a model holds none of its objects unless it is imported."""
+    """A class of an optional library; none if the library is not imported, because then no model holds its objects."""
     if module in sys.modules:
         yield getattr(sys.modules[module], name)
 

@@ -1,7 +1,7 @@
-"""What is exported: a built model as one function of RGB images, with everything that the framework does around it.
+"""Graphs for export: a built model as one function of RGB images, including what the framework does around it.
 
-A graph takes RGB images with values from 0 to 255, whatever the config's channel order is, and does inside what the
-config's data preprocessor, its heads and their post-processing do.
+A graph takes RGB images with values from 0 to 255, whatever the config's channel order is. It contains the work of the
+config's data preprocessor, of its heads and of their post-processing.
 """
 
 from collections.abc import Sequence
@@ -33,14 +33,14 @@ class ExportError(RuntimeError):
 
 
 class Preprocess(nn.Module):
-    """RGB images as a network wants them: its channel order, normalized, padded at the right and at the bottom.
+    """Prepares RGB images for a network: channel order, normalization, padding at the right and at the bottom.
 
     Args:
         mean: Mean of each channel, RGB.
         std: Standard deviation of each channel, RGB.
         divisor: Each side is padded to a multiple of it.
         least: Height and width that images are padded to at least.
-        value: What is padded, in terms of the normalized image.
+        value: What is padded with, in units of the normalized image.
         bgr: Whether the network wants BGR.
     """
 
@@ -64,7 +64,7 @@ class Preprocess(nn.Module):
 
     @classmethod
     def of(cls, preprocessor: nn.Module) -> 'Preprocess':
-        """What a data preprocessor of MMDetection, MMSegmentation or MMEngine does to images loaded as BGR in a test.
+        """The preprocessing that a data preprocessor of MMDetection, MMSegmentation or MMEngine does in a test.
 
         Raises:
             ExportError: if it is of another kind.
@@ -87,7 +87,7 @@ class Preprocess(nn.Module):
         else:
             options |= {'divisor': preprocessor.pad_size_divisor, 'value': preprocessor.pad_value}
         rgb = reverses_channels(preprocessor)
-        if not rgb:  # the mean and the deviation are of the channels as the network gets them
+        if not rgb:  # mean and deviation are in the network's order of channels
             options |= {key: options[key][::-1] for key in ('mean', 'std') if key in options}
         return cls(**options, bgr=not rgb)
 
@@ -114,15 +114,15 @@ class Graph(nn.Module):
     """A model as one function of images; see :class:`~repvit_mm.deploy.metadata.FileInfo` for what it takes and gives.
 
     Args:
-        model: The built model in ``eval`` mode, fused. In half precision if its weights are: images come and results
-            leave in float32 all the same.
+        model: The built model in ``eval`` mode, fused. If its weights are in half precision it computes in half
+            precision; images and results are float32 all the same.
         preprocess: What is done to images before.
     """
 
     task: ClassVar[Task]
     outputs: tuple[str, ...]
     size: tuple[int, int] | None = None
-    """Height and width of the images if they are always the same: a file made of the graph then computes no sizes."""
+    """Height and width of the images if they are fixed. A file of a fixed size computes no sizes."""
 
     limit: int | None = None
     """How many detections of an image there can be."""
@@ -136,7 +136,7 @@ class Graph(nn.Module):
         self.preprocess = preprocess
 
     def fixed(self, size: Size) -> Size:
-        """A size that was computed from the images': a number if these always have the same size."""
+        """A size that was computed from the size of the images: a number if that is fixed."""
         return int(size) if self.size else size
 
     def sides(self, maps: Tensor) -> tuple[Size, Size]:
@@ -206,9 +206,9 @@ class SegmentorGraph(Graph):
 
 
 def enlarge_by_factors(module: nn.Module) -> None:
-    """Put torch's own upsampling into the place of MMSegmentation's, in place.
+    """Replace MMSegmentation's upsampling by torch's, in place.
 
-    MMSegmentation computes the size as a number, which would be the same for images of every size.
+    MMSegmentation computes the size as a number, so a traced graph would use that number for images of every size.
     """
     from mmseg.models.utils import Upsample
 
@@ -345,7 +345,7 @@ def _three(values: Tensor) -> list[float]:
 
 
 def require(module: nn.Module, base: type, *methods: str) -> None:
-    """Refuse a module that is no ``base``, or that overrides one of its methods, of which the graph is a rendering."""
+    """Refuse a module that is no ``base``, or that overrides one of the methods that the graph reimplements."""
     name = type(module).__name__
     if not isinstance(module, base):
         raise ExportError(f'{name} cannot be exported: only what is built on {base.__name__} can')

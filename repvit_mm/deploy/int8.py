@@ -1,4 +1,4 @@
-"""From a fused model to an int8 file that is judged by the metric before it is put in its place."""
+"""Exports a fused model in int8; the file is kept only if the config's metric accepts it."""
 
 import copy
 import io
@@ -39,7 +39,7 @@ LIBRARIES = {
     'openvino': ('onnx', 'onnxruntime', 'openvino', 'nncf'),
     'executorch': ('onnx', 'onnxruntime', 'executorch', 'torchao'),
 }
-"""Target that has int8 -> the distributions that it takes. Sensitivity is measured in ONNX Runtime for all of them."""
+"""Target that supports int8 -> the distributions that it needs. ONNX Runtime measures sensitivity for all of them."""
 
 TRIED_ON = 4
 """How many images of the test data set an int8 file's outputs are compared on."""
@@ -68,7 +68,7 @@ class Candidate:
 
     Args:
         precision: What it computes in.
-        bytes: Its size, that of files that belong to it included.
+        bytes: Its size, including files that belong to it.
         points: Name of a metric -> its value in points; empty if it was not measured.
         time: Seconds for an image, if it was timed.
     """
@@ -81,7 +81,7 @@ class Candidate:
 
 @dataclass
 class Int8Report:
-    """What became of an int8 export.
+    """The outcome of an int8 export.
 
     Args:
         path: The file.
@@ -89,8 +89,8 @@ class Int8Report:
         sensitivity: What was measured layer by layer.
         float_layers: The layers that stay in float.
         images: How many images it was calibrated on.
-        difference: How far the int8 file's outputs are off the float file's.
-        notes: What else is to be said.
+        difference: How much the int8 file's outputs differ from the float file's.
+        notes: Further remarks, one line each.
     """
 
     path: Path
@@ -122,7 +122,7 @@ class Int8Report:
         return '\n'.join(lines + self.notes)
 
     def to_json(self) -> str:
-        """Everything, each layer's error included."""
+        """Everything as a dictionary, including each layer's error."""
         layers = [
             {'layer': layer.module, 'kind': layer.kind, 'alone': error, 'float': layer in self.float_layers}
             for layer, error in self.sensitivity.alone.items()
@@ -146,8 +146,8 @@ def export_int8(
 ) -> Int8Report:
     """Export in float, quantize, measure both by the config's metric, and put the int8 file in its place.
 
-    Beside the file lies ``FILE.int8.json`` with what was measured. For OpenVINO bfloat16 is measured, too, where the
-    processor multiplies it.
+    What was measured is written to ``FILE.int8.json``. For OpenVINO bfloat16 is measured as well, if the processor
+    multiplies it.
 
     Args:
         exportable: What to export; its target is a key of ``LIBRARIES``.
@@ -211,7 +211,7 @@ def check_target(target: str, path: Path, options: Options) -> None:
     """Refuse what cannot become int8, before anything is computed.
 
     Raises:
-        ExportError: with what to do instead.
+        ExportError: that says what to do instead.
     """
     if target not in LIBRARIES:
         raise ExportError(f'--int8: {target} has none here, expected one of {", ".join(LIBRARIES)}')
@@ -260,10 +260,10 @@ def _quantize(
 def check_int8(
     reference: Runtime, runtime: Runtime, images: Sequence[np.ndarray], limit: int | None = None
 ) -> Difference:
-    """Compare an int8 file with its float file on real images; noise is nothing that it was calibrated for.
+    """Compare an int8 file with its float file on real images, not on noise: it was calibrated on real ones.
 
     Raises:
-        ExportError: if it is further off than int8 can explain.
+        ExportError: if they differ by more than int8 can explain.
     """
     tolerance = TOLERANCES['int8']
     differences = []
@@ -296,7 +296,7 @@ def judge(report: Int8Report, max_drop: float) -> None:
 
 
 def calibration_images(cfg: Config, info: FileInfo, count: int) -> list[np.ndarray]:
-    """Images to calibrate on, as a file takes them: of the training data set, or of the test data set without one.
+    """Images to calibrate on, as a file takes them: from the training data set, or else from the test data set.
 
     Args:
         cfg: The config.
@@ -335,7 +335,7 @@ def dataset_images(dataset: Any, cfg: Config, info: FileInfo, count: int) -> lis
 
 
 def evaluate(cfg: Config, path: Path) -> dict[str, float]:
-    """Run an exported file over a config's test data set.
+    """Test an exported file on a config's test data set.
 
     Returns:
         Name of each metric -> its value, as MMEngine's evaluator gives them.

@@ -1,4 +1,4 @@
-"""From a config and a checkpoint to the fused model that is exported, and to what its file says of itself."""
+"""Loads the model that is exported from a config and a checkpoint, and makes the description of its file."""
 
 import copy
 import hashlib
@@ -42,18 +42,18 @@ class Checkpoint:
 
     @property
     def meta(self) -> Mapping[str, Any]:
-        """What it says of its training; empty if it says nothing."""
+        """Its training metadata; empty if it has none."""
         meta = self.content.get('meta') if isinstance(self.content, Mapping) else None
         return meta if isinstance(meta, Mapping) else {}
 
     @property
     def path(self) -> Path:
-        """Its file; of one that was fetched, the copy in the cache."""
+        """Its file; if it was downloaded, the copy in the cache."""
         return cached(self.source) if '://' in self.source else Path(self.source).expanduser()
 
 
 def read_checkpoint(checkpoint: str | Path | Checkpoint) -> Checkpoint:
-    """Read a checkpoint by the package's own reader; one that was read already is handed back.
+    """Read a checkpoint by the package's own reader; one that was read already is returned as it is.
 
     Raises:
         CheckpointError: if it cannot be read.
@@ -70,8 +70,8 @@ def load_model(cfg: Config, checkpoint: str | Path | Checkpoint, deploy: bool = 
     Args:
         cfg: The config.
         checkpoint: The checkpoint, its path or its address.
-        deploy: Whether to fuse the whole model; the checkpoint's backbone may be fused already then. If not, the model
-            is as the config says.
+        deploy: Whether to fuse the whole model; then the checkpoint's backbone may be fused already. If not, the model
+            is what the config says.
 
     Raises:
         ExportError: if the config's model cannot be built.
@@ -80,7 +80,7 @@ def load_model(cfg: Config, checkpoint: str | Path | Checkpoint, deploy: bool = 
     model = build_model(cfg, deploy)
     checkpoint = read_checkpoint(checkpoint)
     check_outside_backbones(model, checkpoint.content, checkpoint.source)
-    # Not strict: a file may hold more than the model, and old ones lack BatchNorm's batch counters.
+    # Not strict: a file may hold more than the model, and old files lack BatchNorm's batch counters.
     tensors = {name.removeprefix('module.'): tensor for name, tensor in tensors_of(checkpoint.content).items()}
     model.load_state_dict(tensors, strict=False)
     return fuse_model(model) if deploy else model
@@ -103,7 +103,7 @@ def build_model(cfg: Config, deploy: bool = False) -> nn.Module:
         if deploy and is_fusable(model.backbone.get('type')):
             model.backbone.deploy = True
     try:
-        # Statistics of several processes are one process's statistics in a test.
+        # A test runs in one process: SyncBN becomes BN.
         return revert_sync_batchnorm(MODELS.build(model)).eval()
     except Exception as error:  # anything can be wrong in a config
         raise ExportError(f'the model cannot be built: {one_line(error)}') from error
@@ -133,11 +133,11 @@ def fuse_model(model: nn.Module) -> nn.Module:
 
 
 def describe(cfg: Config, checkpoint: str | Path | Checkpoint | None, graph: Graph, **fields: Any) -> FileInfo:
-    """What an exported file says of itself.
+    """The description of an exported file.
 
     Args:
         cfg: The config.
-        checkpoint: The checkpoint whose weights the graph has, its path or its address; ``None`` if it has random ones.
+        checkpoint: The checkpoint with the graph's weights, its path or its address; ``None`` for random weights.
         graph: What is exported.
         fields: Further fields of :class:`~repvit_mm.deploy.metadata.FileInfo`.
     """
@@ -166,32 +166,32 @@ def describe(cfg: Config, checkpoint: str | Path | Checkpoint | None, graph: Gra
 def class_names(
     cfg: Config, checkpoint: str | Path | Checkpoint | None
 ) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
-    """Names and colours of a model's classes, as the checkpoint has them, or else the config's test data set."""
+    """Names and colours of a model's classes, from the checkpoint or else from the config's test data set."""
     meta = {} if checkpoint is None else read_checkpoint(checkpoint).meta
-    # MMEngine's words, and those of the 2.x era.
+    # The keys of MMEngine, and of the 2.x libraries.
     found = dict(meta.get('dataset_meta') or {'classes': meta.get('CLASSES'), 'palette': meta.get('PALETTE')})
     if not (found.get('classes') and found.get('palette')) and (dataset := test_dataset(cfg)):
         init_default_scope(cfg.get('default_scope', 'mmengine'))
-        declared = DATASETS.build(dict(dataset, lazy_init=True)).metainfo  # the data need not be there
+        declared = DATASETS.build(dict(dataset, lazy_init=True)).metainfo  # the data may not be there
         if not found.get('classes'):
             found['classes'] = declared.get('classes')
         if len(declared.get('classes') or ()) == len(found['classes'] or ()):
             found['palette'] = found.get('palette') or declared.get('palette')
     classes, palette = found.get('classes') or (), found.get('palette')
     colours = palette if isinstance(palette, Sequence) and not isinstance(palette, str) else ()
-    if colours and isinstance(colours[0], int):  # MMDetection's way to write a single one
+    if colours and isinstance(colours[0], int):  # how MMDetection writes a single colour
         colours = [colours]
     return tuple(classes), tuple(tuple(int(value) for value in colour) for colour in colours)
 
 
 def test_dataset(cfg: Config) -> Any:
-    """The config of the first plain data set that a config tests on; empty without any."""
+    """The config of the first plain data set that a config tests on; empty if there is none."""
     dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
     return next(plain_datasets(dataset))[1]
 
 
 def plain_datasets(dataset: Mapping[str, Any], name: str = '') -> Iterator[tuple[str, Any]]:
-    """Each plain data set's config inside wrappers such as ``RepeatDataset`` and ``ConcatDataset``, with its name."""
+    """The plain data sets inside wrappers such as ``RepeatDataset`` and ``ConcatDataset``: config and name of each."""
     if 'datasets' in dataset:
         for index, inner in enumerate(dataset['datasets']):
             yield from plain_datasets(inner, f'{name}.datasets.{index}')
@@ -218,7 +218,7 @@ def resizing(cfg: Config) -> dict[str, Any]:
 
 
 def input_size(cfg: Config) -> tuple[int, int] | None:
-    """Height and width in pixels that a config feeds: its canvas, its crop or the scale that it tests at, if any."""
+    """Height and width in pixels of a config's input: its canvas, its crop or its test scale, if it has any."""
     fields = resizing(cfg)
     if 'canvas' in fields:
         return fields['canvas'][::-1]
@@ -229,7 +229,7 @@ def input_size(cfg: Config) -> tuple[int, int] | None:
 
 
 def versions(distributions: Sequence[str]) -> dict[str, str]:
-    """The versions of distributions, of those that are installed."""
+    """The versions of those distributions that are installed."""
     found = {}
     for name in distributions:
         try:

@@ -1,4 +1,4 @@
-"""From the masks that a file gives, each over its box, to masks of an image. Needs numpy only."""
+"""Turns the masks of a file, each covering its box, into masks of an image. Needs numpy only."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ import numpy as np
 def paste_masks(masks: np.ndarray, boxes: np.ndarray, size: tuple[int, int], threshold: float = 0.5) -> np.ndarray:
     """Stretch each mask over its box by bilinear interpolation, as MMDetection's ``FCNMaskHead`` does.
 
-    One mask is stretched at a time, and only where its box is: besides the result this takes the memory of one box.
+    One mask is stretched at a time, and only where its box is: beside the result this takes the memory of one box.
 
     Args:
         masks: Probabilities ``(K, h, w)``.
@@ -31,7 +31,7 @@ def paste_masks(masks: np.ndarray, boxes: np.ndarray, size: tuple[int, int], thr
 
 
 def pasted(outputs: Mapping[str, np.ndarray], size: tuple[int, int], threshold: float = 0.5) -> dict[str, np.ndarray]:
-    """A file's outputs, its masks, if it gives any, in an image of a size: ``(N, K, H, W)`` bool."""
+    """A file's outputs with its masks, if it gives any, pasted into an image: ``(N, K, H, W)`` bool."""
     if 'masks' not in outputs:
         return dict(outputs)
     images = zip(outputs['masks'], outputs['boxes'], strict=True)
@@ -39,7 +39,7 @@ def pasted(outputs: Mapping[str, np.ndarray], size: tuple[int, int], threshold: 
 
 
 def _weights(low: float, high: float, cells: int, pixels: int) -> tuple[int, np.ndarray]:
-    """How much each cell of a mask counts in each pixel around its box, along one side: first pixel, weights."""
+    """The weights of a mask's cells in the pixels along one side of its box: the first pixel and the weights."""
     first, last = max(int(np.floor(low)) - 1, 0), min(int(np.ceil(high)) + 1, pixels)
     with np.errstate(divide='ignore', invalid='ignore'):  # a box may have no width
         position = (np.arange(first, last, dtype=np.float32) + 0.5 - low) / (high - low) * cells - 0.5

@@ -1,4 +1,4 @@
-"""What an exported file says of itself, in the metadata of its own format. Needs the standard library only."""
+"""The description that an exported file carries in its metadata. Needs the standard library only."""
 
 import json
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ class MetadataError(ValueError):
 
 @dataclass(frozen=True)
 class FileInfo:
-    """What an exported file is, and how images are made ready for it.
+    """The description of an exported file, and how images are prepared for it.
 
     The input is called ``images``: float32 ``(N, 3, H, W)``, RGB, values from 0 to 255. Outputs, by task:
 
     * detection: ``boxes`` ``(N, K, 4)`` as x1 y1 x2 y2 in pixels of the input, ``scores`` ``(N, K)`` in falling order,
       ``labels`` ``(N, K)`` as indices of ``classes``, ``count`` ``(N,)``: how many of an image's K are detections. The
-      rest has score 0 and label -1. A model that predicts masks has ``masks`` ``(N, K, h, w)`` besides: probabilities,
+      others have score 0 and label -1. A model that predicts masks has ``masks`` ``(N, K, h, w)`` too: probabilities,
       each mask over its box, for :func:`~repvit_mm.deploy.masks.paste_masks`.
     * segmentation: ``labels`` ``(N, H, W)`` or ``logits`` ``(N, C, H, W)``.
     * backbone: ``map0``, ``map1``, ... ``(N, C_i, H_i, W_i)``.
@@ -39,19 +39,19 @@ class FileInfo:
         sizes: Heights and widths in pixels that the file takes, the default one first; empty if it takes any.
         batch: How many images the file takes at once; ``None`` if any number.
         mean: Mean of each channel, RGB, in the input's units.
-        std: Standard deviation of each channel, likewise.
+        std: Standard deviation of each channel, in the same units.
         divisor: The network's input is padded to multiples of it, at the right and at the bottom.
-        preprocessing_inside: Whether the file itself normalizes and pads. If not, the runtimes of this package do.
+        preprocessing_inside: Whether the file itself normalizes and pads. If not, this package's runtimes do it.
         scale: Width and height in pixels that the config's test pipeline resizes images to, or ``None``.
-        keep_ratio: Whether that keeps an image's aspect ratio, the scale being its bound then.
+        keep_ratio: Whether an image keeps its aspect ratio; then ``scale`` is an upper bound.
         scale_divisor: Each side of the resized image is resized up to a multiple of it.
         canvas: Width and height in pixels that the test pipeline then pads to, at the right and at the bottom, or
             ``None``. Unlike the padding inside, this belongs to the image.
         canvas_value: What it pads with, from 0 to 255.
-        score_threshold: Detections below it are better not drawn.
+        score_threshold: Detections below it should not be drawn.
         mask_threshold: The least probability of a pixel that belongs to a mask.
-        precision: What it computes in: ``'float32'``, ``'float16'``, ``'bfloat16'`` where the processor has it, or
-            ``'int8'``.
+        precision: The precision in which it computes: ``'float32'``, ``'float16'``, ``'bfloat16'`` where the processor
+            has it, or ``'int8'``.
         config: Name of the config.
         checkpoint: Name of the checkpoint's file.
         sha256: The checkpoint's SHA-256.
@@ -87,7 +87,7 @@ class FileInfo:
         return self.sizes[0] if self.sizes else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as what JSON has."""
+        """The fields in the types that JSON has."""
         return json.loads(json.dumps(asdict(self)))
 
     def to_json(self) -> str:
@@ -96,10 +96,10 @@ class FileInfo:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> 'FileInfo':
-        """The opposite of :meth:`to_dict`. Fields that a later version added are passed over.
+        """The opposite of :meth:`to_dict`. Fields that a later version added are ignored.
 
         Raises:
-            MetadataError: if a field is missing or has a value that it cannot have.
+            MetadataError: if a field is missing or has an invalid value.
         """
         known = {f.name: _tuples(values[f.name]) for f in fields(cls) if f.name in values}
         try:

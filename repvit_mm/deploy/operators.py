@@ -1,10 +1,10 @@
-"""What detectors do behind their convolutions, in operators that every exporter and runtime has.
+"""The post-processing of detectors, in operators that every exporter and runtime supports.
 
-Each function computes what the framework's own does, on batches, without a branch that depends on values, and with
-sizes that may be unknown until the file runs. All boxes are ``(x1, y1, x2, y2)`` in pixels.
+Each function computes what the framework's own function does, on batches, without a branch that depends on values, and
+with sizes that may be unknown until the file runs. All boxes are ``(x1, y1, x2, y2)`` in pixels.
 
-A candidate is a box with a score and a label; a score of 0 says that there is none. That is how a fixed number of
-candidates holds any smaller number.
+A candidate is a box with a score and a label. A score of 0 marks an empty place, so a list of fixed length can hold
+fewer candidates.
 """
 
 import math
@@ -19,7 +19,7 @@ Size = int | Tensor
 """A side in pixels: a number, or a tensor of no dimensions while a network is traced."""
 
 Suppress = Callable[[Tensor, Tensor, float, int], tuple[Tensor, Tensor]]
-"""Non-maximum suppression by one of this module's functions, see :func:`suppress_by_loop`."""
+"""One of this module's implementations of non-maximum suppression, see :func:`suppress_by_loop`."""
 
 
 def decode_deltas(
@@ -83,7 +83,7 @@ def at_most(x: Tensor, limit: Size) -> Tensor:
 
 
 def smaller(k: int, count: Size) -> Size:
-    """The smaller one of a number and a size: runtimes fail where more elements are wanted than there are."""
+    """The smaller one of a number and a size: runtimes fail if more elements are asked for than there are."""
     if isinstance(count, Tensor):
         return torch.minimum(count, count.new_tensor(k))
     return torch.sym_min(k, count)
@@ -129,7 +129,7 @@ def non_maximum_suppression(
         labels: ``(N, M)``, classes from 0 on.
         iou_threshold: A box that overlaps a better one by more is dropped.
         limit: How many boxes of an image remain at most.
-        suppress: Which formulation to take.
+        suppress: Which implementation to use.
         class_agnostic: Whether boxes of other classes are dropped, too.
 
     Returns:
@@ -137,7 +137,7 @@ def non_maximum_suppression(
         of an image boxes and scores are 0 and labels -1.
     """
     found = scores > 0
-    # What is no candidate must not move the others: the distance between classes depends on the farthest corner.
+    # Empty places must not change the distance between classes, which depends on the farthest corner.
     boxes = torch.where(found[..., None], boxes, torch.zeros_like(boxes))
     if class_agnostic:
         apart = boxes
@@ -173,13 +173,13 @@ def pick_best(boxes: Tensor, scores: Tensor, areas: Tensor, iou_threshold: float
     y = torch.minimum(boxes[..., 3], box[..., 3]) - torch.maximum(boxes[..., 1], box[..., 1])
     common = x.clamp(min=0) * y.clamp(min=0)
     overlap = common / (areas.gather(1, index) + areas - common)
-    # Two boxes without an area overlap by 0 / 0, which no threshold is below; the box itself goes in any case.
+    # Two boxes without an area have an IoU of 0 / 0, which exceeds no threshold; the box itself is dropped anyway.
     left = torch.where(overlap > iou_threshold, torch.zeros_like(scores), scores)
     return score, index, left.scatter(1, index, torch.zeros_like(score))
 
 
 def suppress_by_loop(boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int) -> tuple[Tensor, Tensor]:
-    """Greedy suppression as a loop that ``torch.jit.script`` keeps as one, and that runs as it is.
+    """Greedy suppression as a loop, which ``torch.jit.script`` keeps as a loop.
 
     Args:
         boxes: ``(N, M, 4)``.
@@ -201,7 +201,7 @@ def suppress_by_loop(boxes: Tensor, scores: Tensor, iou_threshold: float, limit:
 
 
 def suppress_by_scan(boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int) -> tuple[Tensor, Tensor]:
-    """As :func:`suppress_by_loop`, in terms that ``torch.export`` keeps as one loop."""
+    """As :func:`suppress_by_loop`, written so that ``torch.export`` keeps one loop."""
     areas = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
     def step(scores: Tensor, _: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -213,7 +213,7 @@ def suppress_by_scan(boxes: Tensor, scores: Tensor, iou_threshold: float, limit:
 
 
 def suppress_by_onnx(boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int) -> tuple[Tensor, Tensor]:
-    """As :func:`suppress_by_loop`, by ONNX's NonMaxSuppression, whose selection comes in no promised order."""
+    """As :func:`suppress_by_loop`, by ONNX's NonMaxSuppression, which promises no order of its results."""
     selected = _NonMaxSuppression.apply(boxes, scores[:, None], limit, iou_threshold)
     flat = scores.flatten()
     place = selected[:, 0] * scores.shape[1] + selected[:, 2]
@@ -228,7 +228,7 @@ class _NonMaxSuppression(torch.autograd.Function):
     def forward(ctx: object, boxes: Tensor, scores: Tensor, limit: int, iou_threshold: float) -> Tensor:
         from mmcv.ops import nms
 
-        # In one operator of mmcv's: while a network is traced, a loop would become a graph of its length.
+        # By one operator of mmcv's: tracing would unroll a loop.
         rows = []
         for image, (candidates, score) in enumerate(zip(boxes, scores[:, 0], strict=True)):
             found = score.nonzero()[:, 0]
@@ -273,7 +273,7 @@ def roi_align(
 
 
 class _RoiAlign(torch.autograd.Function):
-    """mmcv's operator, as ONNX's in a file. mmcv's own rendering shifts boxes that the operator shifts again."""
+    """mmcv's operator, exported as ONNX's. mmcv's own export shifts boxes that the operator then shifts again."""
 
     @staticmethod
     def forward(
@@ -320,8 +320,8 @@ class _RoiAlign(torch.autograd.Function):
 def pyramid_levels(boxes: Tensor, levels: int, finest_scale: float) -> Tensor:
     """The feature level of each box by the root of its area (MMDetection's ``SingleRoIExtractor.map_roi_levels``).
 
-    Levels are told apart by comparing with powers of two. A logarithm to base 2 is a quotient in ONNX, and its rounding
-    moves boxes that lie on a bound, as one of 448 x 448 pixels does that covers its image.
+    Levels are found by comparisons with powers of two. ONNX has no logarithm to base 2. A quotient of logarithms is
+    rounded, and that moves boxes on the bound between two levels, for example one of 448 x 448 pixels.
 
     Args:
         boxes: ``(R, 4)``.

@@ -9,13 +9,13 @@ import supervision as sv
 from .prediction import Detections, LabelMap, Prediction
 
 SMALLEST = 800
-"""Pictures are enlarged by a whole factor until their longer side has as many pixels: labels need room."""
+"""Pictures are enlarged by a whole factor until their longer side has this many pixels: labels need room."""
 
 OPACITY = 0.5
-"""Of masks and label maps."""
+"""Opacity of masks and label maps."""
 
 LABELLED = 0.004
-"""Part of the image that a class's largest region takes up if the region gets a label."""
+"""The least part of the image that a region must cover to get a label."""
 
 
 class Painter:
@@ -51,7 +51,7 @@ class Painter:
             picture = enlarge(self._masks().annotate(image.copy(), regions))
             names = [self.name(label) for label in spots.class_id]
             return self._label(picture, spots, names, image.shape, sv.Position.CENTER)
-        # The best last, over the others.
+        # The best last, so that they are drawn over the others.
         found = to_supervision(prediction)[::-1]
         picture = enlarge(self._masks().annotate(image.copy(), found))
         boxes = sv.BoxAnnotator(self.colors, thickness=max(2, round(min(picture.shape[:2]) / 300)))
@@ -102,7 +102,7 @@ def montage(rows: Sequence[Sequence[np.ndarray]], height: int = 360, frame: int 
 
 
 def legible_on(color: sv.Color) -> sv.Color:
-    """Black or white, whichever stands out more against a colour (contrast as WCAG 2 defines it)."""
+    """Black or white, whichever has more contrast to a colour, as WCAG 2 defines contrast."""
     red, green, blue = (
         part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
         for part in (color.r / 255, color.g / 255, color.b / 255)
@@ -129,7 +129,7 @@ def enlarged(found: sv.Detections, shape: tuple[int, ...]) -> sv.Detections:
 
 
 def to_supervision(found: Detections) -> sv.Detections:
-    """Detections as supervision keeps them."""
+    """Detections in supervision's own form."""
     return sv.Detections(
         np.asarray(found.boxes, np.float32).reshape(-1, 4),
         mask=found.masks,
@@ -145,8 +145,8 @@ def regions_of(labels: np.ndarray) -> tuple[sv.Detections, sv.Detections]:
         labels: ``(H, W)`` int; what is negative belongs to no class.
 
     Returns:
-        For each class that is present its mask; and for those with a region large enough a box of no size, at that
-        point of the class's largest region that is farthest from its border.
+        The mask of each class that is present; and a point for each class whose largest region is large enough, as a
+        box without size. It is the point of that region that is farthest from its border.
     """
     present = np.unique(labels[labels >= 0])
     masks = labels == present[:, None, None]

@@ -1,4 +1,4 @@
-"""Predicting on images and videos, with an exported file or whatever else is a :class:`Predictor`. Needs no torch."""
+"""Predicts on images and videos, with an exported file or any other :class:`Predictor`. Needs no torch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from .sources import Source, UnreadableError, open_film, read_image
 
 
 class Predictor(Protocol):
-    """What predicts on an image.
+    """Predicts on an image.
 
     Attributes:
         task: ``'detection'`` or ``'segmentation'``.
         classes: Class names.
         palette: An RGB colour for each class, or empty.
-        score_threshold: Detections below it are better not drawn.
+        score_threshold: Detections below it should not be drawn.
     """
 
     task: Task
@@ -44,7 +44,7 @@ class FilePredictor:
         threads: How many threads it computes in; ``None`` leaves that to the library.
 
     Raises:
-        RuntimeFileError: if the file cannot be opened, or is a backbone alone.
+        RuntimeFileError: if the file cannot be opened, or holds only a backbone.
     """
 
     def __init__(self, path: str | Path, threads: int | None = None) -> None:
@@ -62,9 +62,9 @@ class FilePredictor:
 class SlicedPredictor:
     """Predicts on overlapping slices of an image and on the whole of it, for large images with small objects.
 
-    Of two detections of one class that share more than half of the smaller one, the surer stays. (Merging them, as SAHI
-    does by default, joins loose boxes to tight ones: on mosaics of the shapes it gave a box AP of 25 in place of 40.)
-    In a label map each pixel is of the slice in whose middle it lies most.
+    If two detections of one class share more than half of the smaller one, the one with the higher score stays. (SAHI
+    merges them by default, which joins loose boxes to tight ones: on mosaics of the shapes that gave a box AP of 25
+    instead of 40.) A label map takes each pixel from the slice in which it is farthest from the border.
 
     Args:
         predictor: What predicts on a slice.
@@ -113,7 +113,7 @@ def slices(length: int, size: int, shared: int) -> list[tuple[int, int, int, int
     """Cut a side of an image into overlapping slices.
 
     Returns:
-        For each slice its start and end, and those of what is taken from it: up to the middle of each overlap.
+        For each slice its start and end, and start and end of the part that is used: up to the middle of each overlap.
     """
     starts = [*range(0, max(length - size, 0), size - shared), max(length - size, 0)]
     ends = [min(start + size, length) for start in starts]

@@ -1,4 +1,4 @@
-"""From an image to a file's input, and from its outputs to what is seen in the image. Needs numpy and OpenCV only.
+"""Turns an image into a file's input, and its outputs into a prediction. Needs numpy and OpenCV only.
 
 Sizes are (height, width) in pixels; images are ``(H, W, 3)`` uint8 in OpenCV's order of channels, BGR.
 """
@@ -38,7 +38,7 @@ class Detections:
         return len(self.scores)
 
     def above(self, score: float) -> 'Detections':
-        """Those whose score is at least ``score``."""
+        """The detections whose score is at least ``score``."""
         kept = np.flatnonzero(self.scores >= score)
         masks = None if self.masks is None else self.masks[kept]
         return Detections(self.boxes[kept], self.scores[kept], self.labels[kept], masks)
@@ -61,9 +61,9 @@ class FittedImage:
     Args:
         pixels: ``(3, H, W)`` float32, RGB, values from 0 to 255.
         original: Size of the image.
-        content: Size of what boxes may reach over in ``pixels``. It is what was made of the image, or the config's
-            canvas, which belongs to it. What lies beyond, right and below, is padding.
-        scale: By how much it became wider and higher: pixels of the input in one of the image.
+        content: Size of the part of ``pixels`` that boxes may cover: the resized image, or the config's canvas, which
+            counts as a part of it. Right of it and below it is padding.
+        scale: How much higher and wider the image became: pixels of the input for one pixel of the image.
     """
 
     pixels: np.ndarray
@@ -157,7 +157,7 @@ def detections(outputs: Mapping[str, np.ndarray], fitted: FittedImage, mask_thre
     count = int(outputs['count'])
     boxes, scores, labels = (outputs[name][:count] for name in ('boxes', 'scores', 'labels'))
     height, width = fitted.content
-    # What begins in the padding is nothing in the image.
+    # Boxes that begin in the padding are dropped.
     kept = (boxes[:, 0] < width) & (boxes[:, 1] < height)
     edges = np.array([width, height, width, height], np.float32)
     boxes = boxes[kept].clip(0, edges) / np.array(fitted.scale * 2, np.float32)

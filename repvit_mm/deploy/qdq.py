@@ -1,4 +1,4 @@
-"""ONNX files in int8, by onnxruntime's own tools: pairs of quantize and dequantize nodes around any chosen layers.
+"""Makes ONNX files in int8 by onnxruntime's tools: pairs of quantize and dequantize nodes around chosen layers.
 
 Activations are unsigned, one scale for each tensor; weights are signed, one scale for each output channel. Both matter:
 ONNX Runtime has no fast kernel on x86 for the signed activations that its tools take by themselves. GELU becomes one
@@ -49,7 +49,7 @@ GELU_DOMAIN = 'com.microsoft'
 
 
 class QdqNetwork:
-    """An ONNX file of which any layers can be quantized.
+    """An ONNX file, any layers of which can be quantized.
 
     Args:
         path: The float file.
@@ -61,7 +61,7 @@ class QdqNetwork:
         self.reduce_range = reduce_range
         with tempfile.TemporaryDirectory() as scratch:
             prepared = Path(scratch, 'prepared.onnx')
-            # Sizes are known or not; inferring them by symbols fails on detectors.
+            # Without symbolic shape inference, which fails on detectors.
             quant_pre_process(path, prepared, skip_symbolic_shape=True)
             fuse_gelu(prepared)
             self._model = load_model_with_shape_infer(prepared)
@@ -71,7 +71,7 @@ class QdqNetwork:
                 augmented_model_path=str(Path(scratch, 'augmented.onnx')),
                 calibrate_method=CalibrationMethod.MinMax,
             )
-            for image in images:  # one after the other: the calibrator keeps what a call collects
+            for image in images:  # one by one: the calibrator keeps everything that one call collects
                 calibrator.collect_data(_Reader([image]))
             self._ranges = calibrator.compute_data()
         nodes = list(_nodes(self._model.graph))
@@ -91,10 +91,10 @@ class QdqNetwork:
         return copy.deepcopy(self._model)
 
     def quantized(self, layers: Collection[Layer]) -> onnx.ModelProto:
-        """The network with some layers in int8, and what passes only their results on.
+        """The network with some layers in int8, and the nodes that only pass on their results.
 
         Args:
-            layers: Those of :attr:`structure` that are quantized.
+            layers: The layers of :attr:`structure` that are quantized.
         """
         nodes = {layer.name for layer in layers}
         for name, inputs in self._passing.items():
@@ -163,7 +163,7 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[Node]:
 
 
 def set_description(model: onnx.ModelProto, key: str, text: str) -> None:
-    """Put one entry of metadata into an ONNX model, in the place of an older one."""
+    """Set one entry of an ONNX model's metadata."""
     properties: dict[str, Any] = {entry.key: entry.value for entry in model.metadata_props}
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, properties | {key: text})

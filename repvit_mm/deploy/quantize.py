@@ -1,8 +1,8 @@
-"""Files in int8, by the tools of each format: onnxruntime's for ONNX, NNCF for OpenVINO, torchao's PT2E for ExecuTorch.
+"""Makes int8 files by the tools of each format: onnxruntime's for ONNX, NNCF for OpenVINO, PT2E for ExecuTorch.
 
-Weights get one scale for each output channel, activations one for each tensor, from calibration images. Which layers
-stay in float is the caller's to say, see :mod:`~repvit_mm.deploy.sensitivity`. What comes before the first layer and
-behind the last one, where boxes are decoded and suppressed, always does.
+Weights get one scale for each output channel, activations one for each tensor, from calibration images. The
+caller decides which layers stay in float, see :mod:`~repvit_mm.deploy.sensitivity`. What comes before the first layer
+and behind the last one, where boxes are decoded and suppressed, always stays in float.
 """
 
 import logging
@@ -77,7 +77,7 @@ def quantize_file(
 
 
 def int8_info(info: FileInfo, *libraries: ModuleType) -> FileInfo:
-    """What an int8 file says of itself, by what its float file says."""
+    """The description of an int8 file, made from its float file's."""
     versions = {library.__name__: library.__version__.partition('-')[0] for library in libraries}
     return replace(info, precision='int8', versions=info.versions | versions)
 
@@ -171,7 +171,7 @@ def write_executorch(
 
     from .export import lower_executorch
 
-    # ExecuTorch refuses the strides that a view of one image of several has.
+    # ExecuTorch refuses the strides of a view of one image in a batch.
     tensors = [torch.from_numpy(image).clone(memory_format=torch.contiguous_format) for image in images]
     with torch.no_grad(), _quiet('torchao'):
         module = torch.export.export(graph, (tensors[0],)).module()
@@ -179,7 +179,7 @@ def write_executorch(
         floats = {layer.name for layer in structure.layers if _is_kept(layer, kept)}
         computed = structure.between - floats
         quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
-        # It is asked for each node of a pattern, the weights of a convolution included.
+        # It is called for each node of a pattern, including the weights of a convolution.
         quantizer.set_filter_function(lambda node: node.op == 'get_attr' or node.name in computed)
         prepared = prepare_pt2e(module, quantizer)
         for tensor in tensors:
@@ -189,7 +189,7 @@ def write_executorch(
 
 
 def _is_kept(layer: Layer, kept: Collection[Layer]) -> bool:
-    """Whether a layer of this format is among layers that were chosen, maybe in another one."""
+    """Whether a layer of this format is among the chosen layers, which may be named as in another format."""
     return any(other.is_of(layer.module, layer.kind) for other in kept)
 
 
@@ -237,7 +237,7 @@ def _torch_nodes(graph: 'fx.Graph') -> Iterator[Node]:
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Without what a library logs of its progress."""
+    """Within the context a library does not log its progress."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -43,12 +43,12 @@ document.querySelector('input').addEventListener('input', event => {
 
 
 class ResultFolder:
-    """Writes what was predicted as it comes; JSON and the gallery as it is left, whatever the reason.
+    """Writes each prediction at once. JSON and the gallery are written on exit, after an error too.
 
-    ``pictures/NAME.png`` and ``pictures/NAME.mp4`` are for looking at. A detector's predictions go into
+    ``pictures/NAME.png`` and ``pictures/NAME.mp4`` show the predictions. A detector's predictions go into
     ``predictions.json`` in the layout of COCO's annotations, with scores; categories count from 1. A segmentor's go
-    into ``labels/NAME.png``, of videos into ``labels/NAME/000000.png`` and so on: a pixel's value is its class's index,
-    shown in the class's colour; ``predictions.json`` names files and classes. ``index.html`` shows everything.
+    into ``labels/NAME.png``, those of videos into ``labels/NAME/000000.png`` and so on: a pixel's value is the index of
+    its class, shown in the class's colour; ``predictions.json`` names files and classes. ``index.html`` shows all.
 
     Args:
         folder: Where to write; made if it is not there. Files of the same names are replaced.
@@ -226,7 +226,7 @@ class H264Writer:
 
     def write(self, frame: np.ndarray) -> None:
         """Add a frame, ``(H, W, 3)`` uint8, BGR; all are of one size."""
-        height, width = (side - side % 2 for side in frame.shape[:2])  # colours are stored for pairs of pixels
+        height, width = (side - side % 2 for side in frame.shape[:2])  # the codec needs even sides
         if self._file is None:
             self._file = av.open(str(self._part), 'w', format='mp4')
             self._stream = self._file.add_stream('libx264', self.rate, width=width, height=height, pix_fmt='yuv420p')

@@ -1,9 +1,10 @@
-"""The runtimes of exported files: one small class each, all used alike.
+"""The runtimes of exported files: one small class for each, all with the same interface.
 
     runtime = open_file('retinanet.onnx')
     outputs = runtime.run(images)  # float32 (N, 3, H, W), RGB, 0 to 255
 
-Importing this module needs numpy only. A file needs its own runtime's library: an ONNX file onnxruntime, no torch.
+Importing this module needs numpy only. A file needs only the library of its runtime: an ONNX file needs
+onnxruntime and no torch.
 """
 
 import importlib
@@ -35,7 +36,7 @@ class Runtime(ABC):
         threads: How many threads it computes in; ``None`` leaves that to the library.
 
     Raises:
-        RuntimeFileError: if the file's library is missing, or if the file is none of this package's.
+        RuntimeFileError: if the file's library is missing, or if this package did not make the file.
     """
 
     suffix: ClassVar[str]
@@ -57,7 +58,7 @@ class Runtime(ABC):
             raise
         except MetadataError as error:
             raise RuntimeFileError(f'{path} cannot be used: {error}') from None
-        except Exception as error:  # libraries raise anything at a damaged file
+        except Exception as error:  # for a damaged file libraries may raise anything
             raise RuntimeFileError(f'{path} cannot be opened by {self.library}: {one_line(error, 200)}') from None
 
     @abstractmethod
@@ -110,7 +111,7 @@ class OnnxRuntime(Runtime):
     def _load(self, library: ModuleType) -> str | None:
         options = library.SessionOptions()
         options.intra_op_num_threads = self.threads or 0
-        # Its threads spin on after a run, at the cost of whoever runs next.
+        # Otherwise its threads keep spinning after a run and slow down what runs next.
         options.add_session_config_entry('session.force_spinning_stop', '1')
         options.log_severity_level = 3  # errors
         self._session = library.InferenceSession(str(self.path), options, providers=['CPUExecutionProvider'])
@@ -132,7 +133,7 @@ class OpenVino(Runtime):
         core = library.Core()
         model = core.read_model(self.path)
         description = model.get_rt_info([KEY]).astype(str) if model.has_rt_info([KEY]) else None
-        # By itself it would take bfloat16 wherever the processor has it.
+        # Its default would be bfloat16 on processors that have it.
         wanted = description is not None and FileInfo.from_json(description).precision == 'bfloat16'
         hint = 'bf16' if wanted and has_bfloat16(library) else 'f32'
         options: dict[str, Any] = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': hint}
@@ -202,7 +203,7 @@ class ExecuTorch(Runtime):
 RUNTIMES: dict[str, type[Runtime]] = {
     runtime.suffix: runtime for runtime in (OnnxRuntime, OpenVino, TorchScript, TorchExport, ExecuTorch)
 }
-"""Suffix of an exported file -> what runs it."""
+"""Suffix of an exported file -> its runtime."""
 
 
 def open_file(path: str | Path, threads: int | None = None) -> Runtime:
@@ -226,7 +227,7 @@ def open_file(path: str | Path, threads: int | None = None) -> Runtime:
 
 
 def is_exported(path: str | Path) -> bool:
-    """Whether a path names an exported file and not a checkpoint. A ``.pt`` file may be either; one holds programs."""
+    """Whether a path names an exported file, not a checkpoint. A ``.pt`` file may be either: programs are exported."""
     path = Path(path)
     if path.suffix == '.pt' and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -245,7 +246,7 @@ def import_library(name: str, path: Path) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError:
         raise RuntimeFileError(f'{path} needs the package {package}: pip install {package}') from None
-    except Exception as error:  # a library that does not fit another one may fail in any way
+    except Exception as error:  # a library whose versions do not fit together may fail in any way
         raise RuntimeFileError(f'{path} needs the package {package}, which fails: {one_line(error, 200)}') from None
 
 
@@ -259,7 +260,7 @@ def preprocess(images: np.ndarray, info: FileInfo) -> np.ndarray:
 
     Args:
         images: ``(N, 3, H, W)``, RGB, values from 0 to 255.
-        info: What the file says of itself.
+        info: The file's description.
 
     Returns:
         Float32 ``(N, 3, H', W')`` with sides that are multiples of ``info.divisor``.
