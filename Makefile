@@ -4,7 +4,7 @@ PYTHON ?= python3
 STACK ?= openmmlab
 VENV := $(if $(filter openmmlab,$(STACK)),.venv,.venv-$(STACK))
 
-.PHONY: setup demo test torture test-oldest lint
+.PHONY: setup demo test torture test-oldest lint audit
 
 setup:
 	@$(PYTHON) tools/setup_env.py $(STACK)
@@ -28,3 +28,10 @@ test-oldest:
 lint: setup
 	$(VENV)/bin/python -m ruff check
 	$(VENV)/bin/python -m ruff format --check
+
+# Unsafe calls in the code, and known faults of what it stands on; the latter asks pypi.org.
+audit: setup
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install -q bandit pip-audit
+	.venv-audit/bin/python -m bandit -q -c pyproject.toml -r repvit_mm repvit_mm_cli tools examples setup.py
+	.venv-audit/bin/python -m pip_audit --path $$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
