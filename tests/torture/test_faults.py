@@ -58,7 +58,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / 'fault.py').write_text(FAULT)
     for task in CONFIGS:
         with (folder / f'{task}.py').open('a') as config:
-            config.write("custom_imports['imports'].append('fault')\ncustom_hooks = [dict(type='Fault')]\n")
+            config.write(
+                "custom_imports['imports'].append('fault')\ncustom_hooks = [dict(type='Fault'), dict(type='EMAHook')]\n"
+            )
     return folder
 
 
