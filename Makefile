@@ -4,7 +4,7 @@ PYTHON ?= python3
 STACK ?= openmmlab
 VENV := $(if $(filter openmmlab,$(STACK)),.venv,.venv-$(STACK))
 
-.PHONY: setup demo test torture test-oldest lint docs
+.PHONY: setup demo test torture test-oldest lint docs audit
 
 setup:
 	@$(PYTHON) tools/setup_env.py $(STACK)
@@ -38,3 +38,10 @@ docs: .venv-docs/ready
 	$(PYTHON) -m venv --clear .venv-docs
 	.venv-docs/bin/pip install --quiet --requirement docs/requirements.txt
 	@touch $@
+
+# Unsafe calls in the code, and known faults of what it stands on; the latter asks the package index.
+audit: setup
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install -q bandit pip-audit
+	.venv-audit/bin/python -m bandit -q -c pyproject.toml -r repvit_mm repvit_mm_cli tools examples setup.py
+	.venv-audit/bin/python -m pip_audit --path $$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

@@ -137,7 +137,7 @@ def read_pickle(path: Path, map_location: Any) -> Any:
 def read_trusted(path: Path, map_location: Any) -> Any:
     """What a file of ``torch.save`` holds; whatever code is in it runs."""
     try:
-        return torch.load(path, map_location=map_location, weights_only=False)
+        return torch.load(path, map_location=map_location, weights_only=False)  # nosec B614
     except Exception as error:  # its own code may raise anything
         raise CheckpointError(f'checkpoint {path} cannot be read ({one_line(error, 120)})') from None
 

@@ -23,6 +23,11 @@ def one_line(error: BaseException, longest: int = 1000) -> str:
     return text if len(text) > 20 else f'{type(error).__name__}: {text}'
 
 
+def tell_ignored(ignored: 'sys.UnraisableHookArgs') -> None:
+    """In one line, what Python prints with a traceback: an exception where none can be raised, as in a destructor."""
+    print(f'ignored: {one_line(ignored.exc_value or ignored.exc_type())}', file=sys.stderr)
+
+
 def start(main: Callable[[], None]) -> None:
     """Run a program; what it did not expect is told in one line too.
 
@@ -34,7 +39,9 @@ def start(main: Callable[[], None]) -> None:
     """
     debug = '--debug' in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != '--debug']
-    logging.raiseExceptions = debug  # or a log on a full disk would print a traceback for each of its lines
+    if not debug:
+        logging.raiseExceptions = False  # a log on a full disk would print a traceback for each of its lines
+        sys.unraisablehook = tell_ignored
     try:
         main()
     except SystemExit as stop:

@@ -135,7 +135,7 @@ def repvit_stage_lengths(names: Iterable[str]) -> list[int]:
             lengths = timm if match[2] else ours
             lengths[int(match[1])] = max(lengths.get(int(match[1]), 0), int(match[3] or -1) + 1)
     if timm:
-        # timm counts the last block of stages 0 to 2 as a part of the downsample that follows, where it may be alone.
+        # timm counts the last block of stages 0 to 2 as a part of the downsample that follows; it may be the only one.
         return [timm.get(stage, 0) + (stage > 0) + (stage < max(timm)) for stage in range(max(timm) + 1)]
     if ours:
         return [ours[stage] for stage in sorted(ours)]

@@ -42,16 +42,18 @@ def explain(info: Mapping[str, Any], error: Exception) -> SampleError:
 
 
 def check_label_map(info: Mapping[str, Any], packed: Any) -> None:
-    """Look at whether a packed training sample's label map still lies on its image.
+    """Look at whether a packed sample's label map lies on its image: as it was read, or as the model gets it.
 
     Raises:
-        SampleError: if their sizes differ.
+        SampleError: if its size is neither one.
     """
-    image = packed.get('inputs') if isinstance(packed, Mapping) else None
-    labels = getattr(packed.get('data_samples'), 'gt_sem_seg', None) if image is not None else None
-    if labels is not None and labels.shape != image.shape[-2:]:
-        (height, width), (its_height, its_width) = labels.shape, image.shape[-2:]
+    sample = packed.get('data_samples') if isinstance(packed, Mapping) else None
+    labels, shape = getattr(sample, 'gt_sem_seg', None), getattr(packed['inputs'], 'shape', None) if sample else None
+    if labels is None or shape is None:
+        return
+    if labels.shape not in (shape[-2:], tuple(sample.metainfo.get('ori_shape', ()))):
+        (height, width), (its_height, its_width) = labels.shape, shape[-2:]
         raise SampleError(
             f'label map {info.get("seg_map_path")} is of another size than {info.get("img_path")}: '
-            f'{width}x{height} for {its_width}x{its_height} when both are resized'
+            f'{width}x{height} for {its_width}x{its_height} pixels once they are prepared'
         )

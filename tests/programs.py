@@ -11,7 +11,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import mmengine.config.config
@@ -36,23 +36,48 @@ PROCESSES.set_forkserver_preload(
 )
 
 
-def launch(folder: Path, tool: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+def launch(
+    folder: Path,
+    tool: str,
+    *arguments: object,
+    first: Callable[[], None] | None = None,
+    meanwhile: Callable[[int], None] | None = None,
+    **environment: str,
+) -> subprocess.CompletedProcess:
     """Run a tool in a folder as ``python tools/TOOL ARGUMENTS`` does, without its slow imports.
 
     A negative status is the signal that ended it.
+
+    Args:
+        folder: The folder.
+        tool: The tool's file name.
+        arguments: Of the tool.
+        first: Called in the process before the tool; has to be picklable.
+        meanwhile: Called here while the tool runs, with its process's id.
+        environment: Further variables.
     """
     with tempfile.TemporaryDirectory() as streams:
         process = PROCESSES.Process(
-            target=_run, args=(folder, tool, [*map(str, arguments)], {**os.environ, **environment}, Path(streams))
+            target=_run,
+            args=(folder, tool, [*map(str, arguments)], {**os.environ, **environment}, Path(streams), first),
         )
         process.start()
+        if meanwhile:
+            meanwhile(process.pid)
         process.join()
         return subprocess.CompletedProcess(
             [tool, *arguments], process.exitcode, *(Path(streams, name).read_text() for name in ('stdout', 'stderr'))
         )
 
 
-def _run(folder: Path, tool: str, arguments: list[str], environment: Mapping[str, str], streams: Path) -> None:
+def _run(
+    folder: Path,
+    tool: str,
+    arguments: list[str],
+    environment: Mapping[str, str],
+    streams: Path,
+    first: Callable[[], None] | None,
+) -> None:
     """Become the tool, as Python would start it; multiprocessing turns what it raises into an exit status."""
     os.chdir(folder)
     os.environ.clear()
@@ -61,6 +86,8 @@ def _run(folder: Path, tool: str, arguments: list[str], environment: Mapping[str
         with open(streams / name, 'wb') as file:
             os.dup2(file.fileno(), number)
     be_quick()
+    if first:
+        first()
     sys.path[:0] = [str(TOOLS), *filter(None, environment.get('PYTHONPATH', '').split(os.pathsep))]
     sys.argv = [str(TOOLS / tool), *arguments]
     runpy.run_path(sys.argv[0], run_name='__main__')

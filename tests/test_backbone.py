@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import repvit_mm.backbone
 from repvit_mm import FastViT, RepViT, switch_to_deploy
-from repvit_mm.backbone import ReparamBackbone, options_of
+from repvit_mm.backbone import ReparamBackbone, check_channels, options_of
 from repvit_mm.checkpoint import CheckpointError
 from repvit_mm.layers import SqueezeExcite, StochasticDepth
 from repvit_mm.reparam import ReparamBlock, kernels_together, plain_formulation, reparam_blocks
@@ -910,3 +910,31 @@ def test_public_names():
     assert set(repvit_mm.__all__) >= {*families, 'FuseOnDeployHook', 'switch_to_deploy'}
     assert all(hasattr(repvit_mm, name) for name in repvit_mm.__all__)
     assert repvit_mm.RepViT is RepViT
+
+
+class Detector(nn.Module):
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+
+@pytest.mark.parametrize(
+    ('part', 'settings', 'wrong'),
+    [
+        ('neck', dict(in_channels=[8, 16, 24, 32]), None),
+        ('neck', dict(in_channels=[8, 16, 24]), 'model.neck.in_channels is [8, 16, 24]'),
+        ('neck', dict(in_channels=[8, 16, 24, 48]), 'the backbone gives maps of [8, 16, 24, 32] channels'),
+        ('decode_head', dict(in_channels=[16, 32], in_index=[1, 3]), None),
+        ('decode_head', dict(in_channels=[16, 24], in_index=[1, 3]), 'model.decode_head.in_channels is [16, 24]'),
+        ('decode_head', dict(in_channels=32, in_index=3), None),
+    ],
+)
+def test_channels_of_what_takes_the_maps(part, settings, wrong):
+    cls, arch = SMALL['repvit']
+    model = Detector(cls(arch))
+    if wrong is None:
+        check_channels(model, {part: settings})
+    else:
+        with pytest.raises(ValueError, match=re.escape(wrong)):
+            check_channels(model, {part: settings})
+    check_channels(nn.Identity(), {part: settings})

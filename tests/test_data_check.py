@@ -167,6 +167,16 @@ BAD_FILES = {
         changed(segmentation=dict(size=[9, 9], counts='0')),
         '1 annotation with a mask of another size than their image (id 3)',
     ),
+    'a box of two numbers': (changed(bbox=[1, 2]), 'entry 0 of annotations has bbox=[1, 2]: expected four numbers'),
+    'a box of words': (changed(bbox=['a', 1, 2, 3]), "bbox=['a', 1, 2, 3]: expected four numbers"),
+    'a mask that is cut off': (
+        changed(segmentation=dict(size=[HEIGHT, WIDTH], counts=[5])),
+        '1 annotation with a mask of another size than their image (id 3)',
+    ),
+    'polygons of two points only': (
+        dict(coco(), annotations=[dict(entry, segmentation=[[1, 1, 5, 5]]) for entry in coco()['annotations']]),
+        'has no box of any class',
+    ),
     'an image that is not there': (
         dict(coco(), images=[*coco()['images'], dict(id=3, file_name='3.png', width=8, height=8)]),
         '1 image of 3 not found: ',

@@ -27,6 +27,26 @@ def test_one_line(error, expected):
     assert one_line(error, longest=66) == expected
 
 
+@pytest.fixture(autouse=True)
+def settings_of_the_process(monkeypatch):
+    """A program may change them; a test must not."""
+    monkeypatch.setattr(logging, 'raiseExceptions', True)
+    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)
+
+
+class Leaving:
+    """Fails as it is taken away."""
+
+    def __del__(self) -> None:
+        raise ValueError('something is wrong at the end')
+
+
+def test_what_python_ignores_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['tool'])
+    start(Leaving)
+    assert capsys.readouterr().err == 'ignored: something is wrong at the end\n'
+
+
 def failing(error: BaseException, cause: bool = False) -> None:
     if cause:
         try:
@@ -49,7 +69,6 @@ def failing(error: BaseException, cause: bool = False) -> None:
     ],
 )
 def test_what_a_program_did_not_expect_is_one_line(monkeypatch, capsys, error, cause, expected, debug):
-    monkeypatch.setattr(logging, 'raiseExceptions', True)
     monkeypatch.setattr(sys, 'argv', ['tool', *(['--debug'] if debug else []), 'argument'])
     with pytest.raises(SystemExit) as stop:
         start(lambda: failing(error, cause))
@@ -59,8 +78,7 @@ def test_what_a_program_did_not_expect_is_one_line(monkeypatch, capsys, error, c
     assert sys.argv == ['tool', 'argument']  # argparse never sees the option
 
 
-def test_interrupted_program_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(logging, 'raiseExceptions', True)
+def test_interrupted_program_says_so(capsys):
     with pytest.raises(SystemExit) as stop:
         start(lambda: failing(KeyboardInterrupt()))
     assert stop.value.code == 130 and capsys.readouterr().err == 'interrupted\n'

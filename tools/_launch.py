@@ -52,13 +52,25 @@ DATA_HINTS = {
 }
 
 
+class Settings(DictAction):
+    """``KEY=VALUE ...`` as in MMEngine; anything else is a usage error."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        for value in values:
+            if '=' not in value:
+                parser.error(f'{option_string} {value}: expected KEY=VALUE')
+        super().__call__(parser, namespace, values, option_string)
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that training and testing share, spelled as everywhere in OpenMMLab."""
     parser.add_argument('--work-dir', help='folder for logs and results (default: work_dirs/<name of the config>)')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=Settings,
         default={},
         metavar='KEY=VALUE',
         help='override settings of the config, e.g. train_dataloader.batch_size=4 or model.neck.in_channels="[1,2]"',
@@ -135,10 +147,12 @@ def prepare_measuring(args: argparse.Namespace) -> torch.device:
     return torch.device(args.device)
 
 
-def load_config(args: argparse.Namespace) -> Config:
-    """The config with the command line's common options in it; exits with one line if it cannot be read."""
+def load_config(args: argparse.Namespace, *wanted: str) -> Config:
+    """The config with the command line's common options in it; exits with one line if it lacks what is wanted."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = read_config(Path(args.config), args.cfg_options)
+    if missing := [key for key in ('model', *wanted) if not cfg.get(key)]:
+        sys.exit(f'config {args.config} has no {", ".join(missing)}')
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
     return cfg

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import cv2
-from _launch import check_data, read_config, start
-from mmengine.config import Config, DictAction
+from _launch import Settings, check_data, read_config, start
+from mmengine.config import Config
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -38,7 +38,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument('--images', type=int, default=16, metavar='N', help='on the sheet; 0: none (default: 16)')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE', help='settings of the config'
+        '--cfg-options', nargs='+', action=Settings, default={}, metavar='KEY=VALUE', help='settings of the config'
     )
     args = parser.parse_args(argv)
     if args.images < 0:

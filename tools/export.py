@@ -5,8 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from _launch import check_checkpoint, read_config, start
-from mmengine.config import DictAction
+from _launch import Settings, check_checkpoint, read_config, start
 
 from repvit_mm.checkpoint import CheckpointError, trust
 from repvit_mm.deploy.export import EXPORTERS, OPSET, Exportable, Options, check_options, export
@@ -68,7 +67,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--force', action='store_true', help='replace the file if it is there already')
     parser.add_argument('--rounds', type=int, default=5, help='how often to time PyTorch and the file; 0: not at all')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE', help='settings of the config'
+        '--cfg-options', nargs='+', action=Settings, default={}, metavar='KEY=VALUE', help='settings of the config'
     )
     parser.add_argument('--trust-checkpoint', action='store_true', help='let the checkpoint run code as it is read')
     args = parser.parse_args(argv)

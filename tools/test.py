@@ -202,7 +202,7 @@ def take_file(cfg: Config, args: argparse.Namespace) -> None:
 def main() -> None:
     """Test."""
     args = parse_args()
-    cfg = load_config(args)
+    cfg = load_config(args, 'test_dataloader', 'test_evaluator')
     apply_options(cfg, args)
     check_data(cfg, 'test')
     check_test_annotations(cfg)

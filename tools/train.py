@@ -153,7 +153,7 @@ def where_to_go_on(work_dir: str) -> str:
 def main() -> None:
     """Train."""
     args = parse_args()
-    cfg = load_config(args)
+    cfg = load_config(args, 'train_cfg', 'train_dataloader', 'optim_wrapper')
     try:
         apply_options(cfg, args)
         check_data(cfg, 'train', 'val')

@@ -47,7 +47,7 @@ def watch_samples(explain: Callable[[Any, Exception], Exception], check: Callabl
 
     Args:
         explain: Makes of what is known of a sample, and of what its pipeline raised, the exception that is raised.
-        check: Called with what is known of a training sample, and with the sample.
+        check: Called with what is known of a sample, and with the sample.
     """
     if hasattr(BaseDataset.prepare_data, '__wrapped__'):
         return  # done already
@@ -58,8 +58,7 @@ def watch_samples(explain: Callable[[Any, Exception], Exception], check: Callabl
             sample = prepare_data.__wrapped__(self, index)
         except Exception as error:  # a pipeline may raise anything
             raise explain(self.get_data_info(index), error) from error
-        if not self.test_mode:
-            check(self.get_data_info(index), sample)
+        check(self.get_data_info(index), sample)
         return sample
 
     BaseDataset.prepare_data = prepare_data

@@ -120,6 +120,13 @@ def load_coco(path: str, annotated: bool = True) -> dict[str, Any]:
             lacking = [name for name in names if name not in entry] if isinstance(entry, dict) else list(names)
             if lacking:
                 raise DataError(f'annotation file {path}: entry {number} of {key} lacks {", ".join(lacking)}')
+    for number, annotation in enumerate(content.get('annotations') or ()):
+        box = annotation['bbox']
+        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
+            raise DataError(
+                f'annotation file {path}: entry {number} of annotations has bbox={box!r}: expected four numbers, '
+                'x, y, width and height'
+            )
     return content
 
 
@@ -153,11 +160,12 @@ def read_coco(dataset: Any, report: Report, masks: bool) -> list[ImageRecord]:
         elif problem := box_left_out(annotation, record.size):
             reason = problem
         else:
-            if not annotation.get('iscrowd') and not annotation.get('ignore'):
+            reason = mask_problem(annotation.get('segmentation'), record.size) if masks else None
+            if reason != FEW_POINTS and not annotation.get('iscrowd') and not annotation.get('ignore'):
                 x, y, width, height = annotation['bbox']
                 record.boxes.append((x, y, x + width, y + height))
                 record.labels.append(labels[annotation['category_id']])
-            if not masks or not (reason := mask_problem(annotation.get('segmentation'), record.size)):
+            if reason is None:
                 continue
         found.setdefault(reason, []).append(annotation['id'])
     for reason, ids in found.items():
@@ -222,5 +230,7 @@ def mask_problem(segmentation: Any, size: tuple[int, int]) -> str | None:
     if not segmentation:
         return NO_MASK
     if isinstance(segmentation, Mapping):
-        return None if tuple(segmentation.get('size', ())) == size[::-1] else WRONG_SIZE
+        counts = segmentation.get('counts')
+        whole = not isinstance(counts, list) or sum(counts) == size[0] * size[1]
+        return None if whole and tuple(segmentation.get('size', ())) == size[::-1] else WRONG_SIZE
     return None if any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation) else FEW_POINTS

@@ -1,0 +1,237 @@
+"""Runs that are killed at any moment, or that lose what they need: resumed, they end as one that nobody disturbed."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+from programs import launch
+from test_resume import KILLED, differences, lasting
+from tiny import ADE, COCO, CONFIGS, LAST, write_tiny
+
+from repvit_mm.checkpoint import read_checkpoint
+from repvit_mm.files import UNFINISHED
+
+pytestmark = pytest.mark.needs_ops
+tasks = pytest.mark.parametrize('task', CONFIGS)
+long = pytest.mark.torture
+
+FAULT = """
+import multiprocessing, os, resource, signal
+from pathlib import Path
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+@HOOKS.register_module()
+class Fault(Hook):
+    '''Does what the environment says before the seventh iteration.'''
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        fault = os.environ.get('FAULT') if runner.iter == 6 else None
+        if fault == 'kill':
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif fault == 'full disk':
+            resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+        elif fault == 'killed worker':
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        elif fault == 'lost images':
+            Path('images').rename('elsewhere')
+"""
+IMAGES = {'det': f'{COCO}/train2017', 'seg': f'{ADE}/images/training'}
+
+
+def copy_scene(scene: Path, folder: Path) -> Path:
+    """The scene in a folder of its own."""
+    return Path(shutil.copytree(scene, folder, dirs_exist_ok=True))
+
+
+@pytest.fixture(scope='module')
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_tiny(tmp_path_factory.mktemp('scene'))
+    (folder / 'fault.py').write_text(FAULT)
+    for task in CONFIGS:
+        with (folder / f'{task}.py').open('a') as config:
+            config.write(
+                "custom_imports['imports'].append('fault')\ncustom_hooks = [dict(type='Fault'), dict(type='EMAHook')]\n"
+            )
+    return folder
+
+
+def train(folder: Path, task: str, *arguments: str, **options: object) -> subprocess.CompletedProcess:
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get('PYTHONPATH'))))
+    arguments = (f'{task}.py', '--seed', '1', '--work-dir', 'work', *arguments)
+    return launch(folder, 'train.py', *arguments, PYTHONPATH=path, **options)
+
+
+def result(folder: Path, task: str) -> dict:
+    """What a run that has come to its end leaves."""
+    path = Path((folder / 'work/last_checkpoint').read_text())
+    assert path.name == LAST[task]
+    return lasting(read_checkpoint(folder / path))
+
+
+def check_files(folder: Path) -> None:
+    """Every checkpoint is whole, and ``last_checkpoint`` leads to one."""
+    for path in (folder / 'work').glob('*.pth'):
+        read_checkpoint(path)
+    with suppress(FileNotFoundError):
+        read_checkpoint(folder / (folder / 'work/last_checkpoint').read_text())
+
+
+@pytest.fixture(scope='module')
+def undisturbed(scene: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[dict, float]]:
+    """What a run that nobody disturbs ends in, and how many seconds it takes."""
+    done: dict[str, tuple[dict, float]] = {}
+
+    def run(task: str) -> tuple[dict, float]:
+        if task not in done:
+            folder = copy_scene(scene, tmp_path_factory.mktemp(task))
+            begun = time.monotonic()
+            assert train(folder, task).returncode == 0
+            done[task] = result(folder, task), time.monotonic() - begun
+        return done[task]
+
+    return run
+
+
+def send(signum: int, seconds: float, process: int) -> None:
+    """Wait, then send a signal; the process may have ended before."""
+    time.sleep(seconds)
+    with suppress(ProcessLookupError):
+        os.kill(process, signum)
+
+
+def kill_within_write(folder: Path, seconds: float, patience: float, process: int) -> None:
+    """Wait until a checkpoint is being written, then a moment more, and kill."""
+    given_up = time.monotonic() + patience
+    while time.monotonic() < given_up and not [*folder.glob(f'work/*{UNFINISHED}')]:
+        time.sleep(0.0005)
+    send(signal.SIGKILL, seconds, process)
+
+
+@long
+@tasks
+def test_killed_at_random_moments(scene, tmp_path, undisturbed, tried, torture_seed, task):
+    """Thirty times, in as many runs as that takes; a run that was not hit ends like any other."""
+    expected, seconds = undisturbed(task)
+    moments = random.Random(f'{torture_seed} {task}')
+    runs = kills = 0
+    while kills < 30:
+        folder = copy_scene(scene, tmp_path / str(runs))
+        status = KILLED
+        while status:
+            tried()
+            moment = moments.uniform(0, seconds) if kills < 30 else None
+            meanwhile = partial(send, signal.SIGKILL, moment) if moment is not None else None
+            done = train(folder, task, '--resume', meanwhile=meanwhile)
+            status = done.returncode
+            assert status in (0, KILLED), done.stderr[-2000:]
+            kills += status == KILLED
+            check_files(folder)
+        assert not differences(result(folder, task), expected), (runs, kills)
+        shutil.rmtree(folder)
+        runs += 1
+
+
+@long
+@tasks
+def test_killed_while_a_checkpoint_is_written(scene, tmp_path, undisturbed, tried, torture_seed, task):
+    expected, seconds = undisturbed(task)
+    moments = random.Random(f'write {torture_seed} {task}')
+    folder = copy_scene(scene, tmp_path)
+    for _ in range(5):
+        tried()
+        meanwhile = partial(kill_within_write, folder, moments.uniform(0, 0.003), 4 * seconds)
+        done = train(folder, task, '--resume', meanwhile=meanwhile)
+        assert done.returncode in (0, KILLED), done.stderr[-2000:]
+        check_files(folder)
+    assert train(folder, task, '--resume').returncode == 0
+    assert not differences(result(folder, task), expected)
+
+
+@long
+@tasks
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT], ids=lambda signum: signum.name)
+def test_asked_to_stop_at_random_moments(scene, tmp_path, undisturbed, tried, torture_seed, task, signum):
+    """Before training begins the process ends at once, as any other; from then on it saves and says how to go on."""
+    expected, seconds = undisturbed(task)
+    moments = random.Random(f'{signum} {torture_seed} {task}')
+    folder = copy_scene(scene, tmp_path)
+    for _ in range(5):
+        tried()
+        done = train(folder, task, '--resume', meanwhile=partial(send, signum, moments.uniform(0.3, 1) * seconds))
+        assert done.returncode in (0, -signum, 128 + signum), done.stderr[-2000:]
+        if done.returncode == 128 + signum and 'interrupted' not in done.stderr:
+            assert 'is saved, --resume goes on' in done.stderr.splitlines()[-1]
+        check_files(folder)
+    assert train(folder, task, '--resume').returncode == 0
+    assert not differences(result(folder, task), expected)
+
+
+FAULTS = {
+    'full disk': ([], 'File too large'),
+    'killed worker': (['--cfg-options', 'train_dataloader.num_workers=1'], 'DataLoader worker'),
+    'lost images': ([], 'cannot be read: No such file or directory'),
+}
+
+
+@pytest.mark.parametrize(
+    ('task', 'fault'),
+    [
+        pytest.param(task, fault, marks=[] if (task, fault) == ('seg', 'full disk') else long)
+        for task in CONFIGS
+        for fault in FAULTS
+    ],
+)
+def test_run_that_loses_what_it_needs(scene, tmp_path, undisturbed, task, fault):
+    """It ends with one line that names the checkpoint from which it then goes on."""
+    folder = copy_scene(scene, tmp_path)
+    images = folder / IMAGES[task]
+    images.rename(folder / 'images')
+    images.symlink_to(folder / 'images')
+    arguments, expected = FAULTS[fault]
+    done = train(folder, task, *arguments, FAULT=fault)
+    assert done.returncode == 1 and 'Traceback' not in done.stdout + done.stderr, done.stderr[-2000:]
+    last_line = done.stderr.rstrip('\n').splitlines()[-1]
+    saved = {'det': 'epoch_1.pth', 'seg': 'iter_4.pth'}[task]
+    assert expected in last_line and last_line.endswith(saved) and '--resume goes on from' in last_line
+    assert [path.name for path in folder.glob('work/*.pth')] == [saved]
+    assert 'Traceback' in ''.join(path.read_text() for path in folder.glob('work/*/*.log')) or fault == 'full disk'
+    check_files(folder)
+    if fault == 'lost images':
+        (folder / 'elsewhere').rename(folder / 'images')
+    assert train(folder, task, '--resume', *arguments).returncode == 0
+    if fault != 'killed worker':  # with workers no run repeats another bit by bit
+        assert not differences(result(folder, task), undisturbed(task)[0])
+
+
+@pytest.mark.parametrize('task', ['seg', pytest.param('det', marks=long)])
+def test_changed_annotations_are_told_on_resuming(scene, tmp_path, task):
+    folder = copy_scene(scene, tmp_path)
+    assert train(folder, task, FAULT='kill').returncode == KILLED
+    shutil.copytree(folder / 'work', folder / 'kept')
+    told = 'has changed since the checkpoint was saved'
+    done = train(folder, task, '--resume')
+    assert done.returncode == 0 and told not in done.stdout + done.stderr
+    shutil.rmtree(folder / 'work')
+    (folder / 'kept').rename(folder / 'work')
+    if task == 'det':
+        changed = path = folder / COCO / 'annotations/instances_train2017.json'
+        content = json.loads(path.read_text())
+        content['annotations'][0]['bbox'][0] += 1
+        path.write_text(json.dumps(content))
+    else:
+        changed = folder / ADE / 'annotations/training'
+        path = sorted(changed.iterdir())[0]
+        shutil.copyfile(sorted(changed.iterdir())[1], path)
+    done = train(folder, task, '--resume')
+    assert done.returncode == 0
+    (line,) = [line for line in (done.stdout + done.stderr).splitlines() if told in line]
+    assert str(changed.relative_to(folder)) in line
