@@ -28,7 +28,7 @@ if not _missing:
     check_frameworks()
 
     from . import normalization  # noqa: F401  warns from here on
-    from .compat.openmmlab import offer_configs
+    from .compat.openmmlab import offer_configs, offer_configs_of_forks
     from .fastvit import FastViT
     from .hooks import FiniteLossHook, FuseOnDeployHook
     from .mobileone import MobileOne
@@ -39,6 +39,7 @@ if not _missing:
     from .roadmap import RepViTRoadmap, RepViTRoadmapClassifier
 
     offer_configs(__name__, f'{__name__}.repvit')
+    offer_configs_of_forks()
 
 
 def __getattr__(name: str) -> object:
