@@ -29,7 +29,7 @@ if not _missing:
     check_frameworks()
 
     from . import normalization  # noqa: F401  warns from here on
-    from .compat.openmmlab import offer_configs
+    from .compat.openmmlab import offer_configs, offer_configs_of_forks
     from .fastvit import FastViT
     from .hooks import FiniteLossHook, FuseOnDeployHook, HalfPrecisionHook
     from .mobileone import MobileOne
@@ -40,6 +40,7 @@ if not _missing:
     from .roadmap import RepViTRoadmap, RepViTRoadmapClassifier
 
     offer_configs(__name__, f'{__name__}.repvit')
+    offer_configs_of_forks()
 
 
 def __getattr__(name: str) -> object:

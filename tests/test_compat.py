@@ -8,12 +8,13 @@ import pytest
 import torch
 from helpers import relative_error
 from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
 import repvit_mm
 from repvit_mm.checkpoint import CheckpointError, cached
-from repvit_mm.compat.openmmlab import offer_configs
+from repvit_mm.compat.openmmlab import offer_configs, offer_configs_of_forks
 from repvit_mm.compat.pytorch import conv_with_exact_bias, has_hooks, is_transforming, refused_global, unpickling_reason
 
 
@@ -110,10 +111,16 @@ def test_transforms_are_seen():
 
 
 def test_package_offers_its_own_configs():
-    from mmengine.config.utils import MODULE2PACKAGE
-
     assert MODULE2PACKAGE['repvit_mm'] == 'repvit_mm.repvit'
     assert Config.fromfile(Path(repvit_mm.__file__).parents[1] / 'configs/seg/fpn_repvit_m0_6_shapes.py').model
+
+
+def test_configs_of_a_fork_are_found_by_the_module(monkeypatch):
+    table = {'torch': 'no-such-distribution', 'mmengine': 'torch', 'mmaction': 'no-such-distribution'}
+    for module, distribution in table.items():
+        monkeypatch.setitem(MODULE2PACKAGE, module, distribution)
+    offer_configs_of_forks()
+    assert {module: MODULE2PACKAGE[module] for module in table} == {**table, 'torch': 'torch'}
 
 
 @pytest.mark.parametrize(('groups', 'size', 'dilation'), [(1, 1, 1), (1, 3, 1), (8, 3, 1), (1, 3, 2)])

@@ -124,7 +124,7 @@ def learned(folder: Path, name: str, parameters: Sequence[str]) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', MODELS)
 def test_two_processes_are_one_that_averages_gradients(tmp_path, kind):
-    """The weights after twenty steps, and the metrics of five images, of which one process gets two and the other three.
+    """The weights after twenty steps, and the metrics of five images: one process gets two of them, the other three.
 
     Of BatchNorm with live statistics, in the segmentor's head, either process has those of its own half.
     """

@@ -163,7 +163,7 @@ def test_pip_reads_the_stack(setup_env, environment, packages, calls, answers):
     assert calls == [
         ('install', 'torch==2.13.0', '-r', str(environment.root / 'requirements/common/build.txt')),
         ('install', '--no-build-isolation', str(wheel), '-r', file, '-e', str(environment.root)),
-        ('install', '--no-deps', f'opencv-python-headless=={environment.pins["opencv-python"]}'),
+        ('install', '--no-deps', '--force-reinstall', f'opencv-python-headless=={environment.pins["opencv-python"]}'),
     ]
     assert environment.is_ready()
 

@@ -181,8 +181,10 @@ class Environment:
         wheels = [self.mmcv_wheel()] if self.mmcv else []
         say(f'installing the rest of {self.requirements.name}')
         self.pip('install', '--no-build-isolation', *wheels, '-r', self.requirements, '-e', self.root)
-        # The same files as the desktop's build, without its need of libGL: on top of it, both requirements are met.
-        self.pip('install', '--no-deps', f'opencv-python-headless=={self.pins["opencv-python"]}')
+        # The same files as the desktop's build, without its need of libGL: on top of it, both requirements are met. A
+        # package may have brought it along already, below the other one.
+        headless = f'opencv-python-headless=={self.pins["opencv-python"]}'
+        self.pip('install', '--no-deps', '--force-reinstall', headless)
         self.ask('import cv2, mmengine; assert cv2.version.headless, "cv2 is not the headless build"')
         self.ask('import mmcv.ops, mmdet, mmseg' if self.mmcv else '')
         unfinished = self.stamp.with_suffix('.part')

@@ -8,6 +8,8 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import wraps
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
+from .._versions import FRAMEWORKS
 from ..files import write_whole
 
 
@@ -30,6 +33,19 @@ def offer_configs(package: str, module: str) -> None:
     has no files where it looks a distribution up; the name of a module leads it to the package itself.
     """
     MODULE2PACKAGE.setdefault(package, module)
+
+
+def offer_configs_of_forks() -> None:
+    """Let configs inherit from ``mmseg::...`` where MMSegmentation is the maintained fork.
+
+    MMEngine's fork, too, knows packages by the names of OpenMMLab's distributions. Seen with onedl-mmengine 0.10.12.
+    """
+    for module in FRAMEWORKS.keys() & MODULE2PACKAGE.keys():
+        try:
+            metadata.version(MODULE2PACKAGE[module])
+        except metadata.PackageNotFoundError:
+            if find_spec(module):
+                MODULE2PACKAGE[module] = module
 
 
 def replace_reader_of_addresses(reader: Callable) -> None:
