@@ -6,6 +6,7 @@
 
 import ast
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -110,7 +111,9 @@ def take_latencies(benchmark: Path) -> None:
         if row['batch'] == 1 and row['route'] != 'roofline'
     ]
     machine = {key: measured['machine'][key] for key in ('processor', 'threads', 'versions')}
-    content = {key: measured[key] for key in ('command', 'settings')} | {'machine': machine, 'rows': kept}
+    settings = {key: measured['settings'][key] for key in ('size', 'rounds')}
+    command = re.sub(r' --out-dir \S+', '', measured['command'])
+    content = {'command': command, 'settings': settings, 'machine': machine, 'rows': kept}
     LATENCIES.parent.mkdir(exist_ok=True)
     LATENCIES.write_text(json.dumps(content, indent=2) + '\n')
 
@@ -153,7 +156,7 @@ def latencies() -> Iterator[str]:
         f'Milliseconds for one image of {settings["size"][0]}x{settings["size"][1]} pixels by each '
         f'[route](performance.md#how-it-is-measured): medians of {settings["rounds"]} rounds on '
         f'{machine["processor"]}, {machine["threads"]} threads, torch {machine["versions"]["torch"]}.\n\n'
-        f'```console\n{measured["command"]}\n```\n\n'
+        f'```console\n{measured["command"].replace(" --size", " \\\n    --size")}\n```\n\n'
     )
     yield table(
         ['', *routes],

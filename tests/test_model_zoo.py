@@ -47,11 +47,20 @@ def test_latencies_of_a_benchmark_reach_the_page(tmp_path, monkeypatch):
         )
     ]
     machine = {'processor': 'a processor', 'threads': 2, 'cores': 4, 'versions': {'torch': '2.13.0'}}
-    content = {'command': 'python x', 'settings': {'size': [512, 512], 'rounds': 3}, 'machine': machine, 'rows': rows}
+    content = {
+        'command': 'python x --out-dir /y --rounds 3',
+        'settings': {'size': [512, 512], 'rounds': 3},
+        'machine': machine,
+        'rows': rows,
+    }
     (tmp_path / 'backbone.json').write_text(json.dumps(content))
     model_zoo.take_latencies(tmp_path / 'backbone.json')
     text = ''.join(model_zoo.latencies())
-    assert '512x512' in text and '3 rounds on a processor, 2 threads, torch 2.13.0' in text and 'python x' in text
+    assert (
+        '512x512' in text
+        and '3 rounds on a processor, 2 threads, torch 2.13.0' in text
+        and '\npython x --rounds 3\n' in text
+    )
     assert text.endswith(
         '|  | fused | onnxruntime |\n| --- | ---: | ---: |\n| RepViT m0_6 | 12.3 |  |\n| FastViT t8 | 20.0 | 10.0 |\n'
     )
