@@ -1,1 +1,1 @@
-"""The command ``repvit-mm``. It stands beside the package: it must answer at once, and where torch is broken too."""
+"""The command ``repvit-mm``. It is a package of its own because it must start fast and work even if torch is broken."""

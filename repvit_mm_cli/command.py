@@ -11,7 +11,7 @@ from pathlib import Path
 from .doctor import package_folder
 
 OF_A_CHECKOUT = ('setup_env',)
-"""Programs beside the launchers that are no commands."""
+"""Programs in the same folder that are no commands."""
 
 
 def tools_folder() -> Path:
@@ -38,13 +38,13 @@ def commands() -> dict[str, Path]:
 
 
 def summary(launcher: Path) -> str:
-    """What a launcher says that it does, without running it."""
+    """The first line of a launcher's docstring, read without running it."""
     docstring = ast.get_docstring(ast.parse(launcher.read_text(encoding='utf-8'))) or ''
     return docstring.partition('\n')[0].partition(': python tools/')[0].rstrip('.')
 
 
 def build_parser(names: dict[str, Path]) -> argparse.ArgumentParser:
-    """The command line in front of the launchers' own."""
+    """The parser of the command's own arguments; what follows is the launcher's."""
     width = max(map(len, [*names, 'completion'])) + 2
     listing = [f'  {name:{width}}{summary(path)}' for name, path in names.items()]
     listing.append(f'  {"completion":{width}}Print the completion of this command for bash, zsh or tcsh')
@@ -67,7 +67,7 @@ def run(launcher: Path, name: str, arguments: Sequence[str]) -> None:
     # runpy would put the launcher's path in the place of the command's name.
     spec = importlib.util.spec_from_file_location('__main__', launcher)
     module = importlib.util.module_from_spec(spec)
-    module.__spec__ = None  # as a program has it: processes that are spawned load it by its path
+    module.__spec__ = None  # as in a program: spawned processes then load it by its path
     sys.modules['__main__'] = module
     spec.loader.exec_module(module)
 

@@ -25,7 +25,7 @@ def _interrupt(parser: argparse.ArgumentParser, *_: object, **__: object) -> NoR
 
 
 def parser_of(launcher: Path) -> argparse.ArgumentParser | None:
-    """A launcher's parser: it runs until it asks for its arguments. ``None`` if it does not come so far."""
+    """A launcher's parser, found by running it until it parses its arguments; ``None`` if it fails before that."""
     if 'ArgumentParser(' not in launcher.read_text(encoding='utf-8'):
         return None  # it would run to its end
     methods = ('parse_args', 'parse_known_args')
@@ -56,17 +56,17 @@ def print_completion(names: dict[str, Path], arguments: Sequence[str]) -> None:
         import shtab
     except ImportError:
         sys.exit("repvit-mm completion needs shtab: pip install 'repvit_mm[completion]'")
-    whole = argparse.ArgumentParser(prog='repvit-mm')
-    whole.add_argument('--version', action='store_true')
-    commands = whole.add_subparsers()
+    command = argparse.ArgumentParser(prog='repvit-mm')
+    command.add_argument('--version', action='store_true')
+    commands = command.add_subparsers()
     for name, launcher in names.items():
         found = parser_of(launcher)
         added = commands.add_parser(name, help=found.description if found else None)
         if found:
-            commands.choices[name] = found  # in the place of the empty one
+            commands.choices[name] = found  # replaces the empty one
             added = found
         for action in added._actions:
             if action.nargs != 0 and not action.choices:
                 action.complete = shtab.FILE  # nearly every other argument is a path
     commands.add_parser('completion').add_argument('shell', choices=SHELLS)
-    print(shtab.complete(whole, shell))
+    print(shtab.complete(command, shell))

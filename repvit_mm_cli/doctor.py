@@ -1,6 +1,6 @@
 """What is installed, and whether it fits together. Imports nothing but the standard library.
 
-Every library is imported in a process of its own, see :mod:`repvit_mm_cli.probe`: what is broken is reported.
+Every library is imported in a separate process, see :mod:`repvit_mm_cli.probe`, so a broken one can be reported.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 SECONDS = 180
-"""After which a library that is being imported is given up."""
+"""Seconds after which importing a library is given up."""
 
 REBUILD = (
     'build mmcv for this torch: pip uninstall {0}, then '
@@ -28,14 +28,14 @@ REBUILD = (
 EXPORT = ('onnx', 'onnxruntime', 'openvino', 'nncf', 'coremltools', 'executorch')
 TOOLS = ('supervision', 'cv2', 'rich', 'pycocotools', 'sahi', 'tensorboard', 'shtab')
 PIP = {'cv2': 'opencv-python-headless', 'mmseg': 'mmsegmentation', 'pkg_resources': '"setuptools<81"'}
-"""Module -> what pip calls it, where that is something else."""
+"""Module -> its name for pip, where the two differ."""
 FORK = 'onedl-'
-"""What the names of the maintained forks begin with: they are distributions of the same modules."""
+"""Prefix of the names of the maintained forks, which are distributions of the same modules."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One thing that was looked at.
+    """The result of one check.
 
     Args:
         mark: ``'ok'``; ``'absent'`` is missing and not needed; ``'broken'`` is needed, or there and does not work.
@@ -63,7 +63,7 @@ def package_folder() -> Path | None:
 
 
 def version_table(folder: Path) -> ModuleType:
-    """The package's module that says which versions it works beside, without the package around it."""
+    """The package's module with the versions that it works with, loaded without importing the package."""
     spec = importlib.util.spec_from_file_location('repvit_mm_versions', folder / '_versions.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -71,9 +71,9 @@ def version_table(folder: Path) -> ModuleType:
 
 
 def probe(what: str, *arguments: str) -> dict[str, Any]:
-    """Look at one thing in a process of its own; an ``error`` in the result says what went wrong."""
+    """Run one probe in a separate process; an ``error`` in the result says what went wrong."""
     command = [sys.executable, '-W', 'ignore', str(Path(__file__).with_name('probe.py')), what, *arguments]
-    # Python puts the folder of a program in front of its path; there lie modules of this package's.
+    # Python puts a program's folder first on its path, and this one holds modules of the package.
     environment = {**os.environ, 'PYTHONSAFEPATH': '1'}
     try:
         done = subprocess.run(
@@ -102,14 +102,14 @@ def is_absent(found: dict[str, Any], module: str) -> bool:
 
 
 def names_for_pip(table: ModuleType | None) -> dict[str, str]:
-    """Module -> what pip calls it, where that is something else: beside one of the forks, each framework is a fork."""
+    """Module -> its name for pip, where the two differ: beside one of the forks, each framework is a fork."""
     frameworks = table.FRAMEWORKS if table else {}
     forks = {module: name for module, (names, *_) in frameworks.items() for name in names if name.startswith(FORK)}
     return {**PIP, **forks} if any(map(has_distribution, forks.values())) else PIP
 
 
 def module_line(module: str, found: dict[str, Any], needed: bool, names: Mapping[str, str] = PIP) -> Line:
-    """What to say of a module that was imported, if these are pip's names."""
+    """The check of a module that was imported; ``names`` are pip's."""
     install = f'pip install {names.get(module, module)}'
     if is_absent(found, module):
         return Line('broken' if needed else 'absent', module, 'not installed', install if needed else '')
@@ -121,7 +121,7 @@ def module_line(module: str, found: dict[str, Any], needed: bool, names: Mapping
 
 
 def distribution_lines(table: ModuleType) -> Iterable[Line]:
-    """Whether versions are those that the package works beside, and whether two stacks overwrite each other."""
+    """Check that versions are supported and that no two stacks overwrite each other."""
     for module, (names, first, beyond) in table.FRAMEWORKS.items():
         installed = {}
         for name in names:
@@ -164,7 +164,7 @@ def operator_line(found: dict[str, Any], mmcv: str = 'mmcv') -> Line:
 
 
 def config_lines(path: str, found: dict[str, Any]) -> Iterable[Line]:
-    """What to say of a config."""
+    """The checks of a config."""
     if 'error' in found:
         yield Line('broken', path, f'cannot be read: {reason(found)}', 'correct it, or what is broken above first')
         return
@@ -188,13 +188,13 @@ def config_lines(path: str, found: dict[str, Any]) -> Iterable[Line]:
 
 
 def examine(config: str | None = None) -> Iterable[Line]:
-    """Look at everything.
+    """Run all checks.
 
     Args:
         config: Path of a config whose data and weights are looked for.
 
     Yields:
-        What was found, in the order of what depends on what.
+        The results; what others depend on comes first.
     """
     version = sys.version_info
     text = f'{version.major}.{version.minor}.{version.micro} ({sys.executable})'

@@ -1,6 +1,6 @@
-"""Looks at one part of an installation and prints what it finds as JSON. Run by the doctor in a process of its own.
+"""Looks at one part of an installation and prints what it finds as JSON. The doctor runs it in a separate process.
 
-A broken library may raise anything, or take the process with it: neither is the doctor's end.
+A broken library may raise anything or crash the process; the doctor goes on in both cases.
 """
 
 import importlib
@@ -73,7 +73,7 @@ def look_at_config(path: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Look, and print one line of JSON behind whatever else is printed."""
+    """Run the probe, and print one line of JSON after whatever else is printed."""
     what, *arguments = sys.argv[1:]
     look = {'torch': look_at_torch, 'operators': look_at_operators, 'config': look_at_config, 'module': look_at_module}
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers import FAMILIES
 from mmengine.config import Config
 from mmengine.logging import MessageHub
@@ -34,6 +35,12 @@ COCO = [path for path in DETECTION if path.stem.endswith('1x_coco')]
 YOLO = [path for path in DETECTION if path.stem.endswith('300e_coco')]
 ADE20K = [path for path in SEGMENTATION if path.stem.endswith('ade20k_40k')]
 SHAPES = [path for path in DETECTION + SEGMENTATION if path.stem.endswith('shapes')]
+
+PARAMETERS = {
+    model['Name']: model['Metadata']['Parameters']
+    for path in CONFIGS.glob('*/metafile.yml')
+    for model in yaml.safe_load(path.read_text())['Models']
+}
 
 
 def name(path):
@@ -95,10 +102,13 @@ def quick_for_small(paths):
 
 @pytest.mark.parametrize('path', quick_for_small(DETECTION + SEGMENTATION))
 def test_config_builds_forwards_learns_and_predicts(path):
-    """Forward gives the declared maps, the loss a gradient everywhere, predict a result of the image's size."""
+    """Parameters are as many as the metafile says, forward gives the declared maps, the loss a gradient everywhere, and
+    predict a result of the image's size."""
     torch.manual_seed(0)
     cfg = load(path)
     model = build(cfg)
+    if path.stem in PARAMETERS:
+        assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[path.stem]
     size = (64, 96)
     inputs = torch.rand(1, 3, *size) * 255
 

@@ -31,6 +31,7 @@ def test_a_model_s_entry(name):
     assert config.is_file() and config.stem == name and config.parent == path.parent
     family = next(family for family in ('RepViT', 'FastViT', 'MobileOne') if f'_{family.lower()}_' in name)
     assert family in collections[model['In Collection']]['Metadata']['Architecture']
+    assert 'Parameters' in model['Metadata']
     assert model['Metadata'].keys() <= {'Epochs', 'Iterations', 'Training Memory (GB)', 'Parameters', 'FLOPs'}
     assert all(result['Task'] in TASKS[path.parent.name] for result in model.get('Results', ()))
     assert all(0 < value < 100 for result in model.get('Results', ()) for value in result['Metrics'].values())

@@ -88,5 +88,6 @@ def test_module_of_a_node(name, weights, module):
 
 def test_the_same_layer_in_another_format():
     layer = Layer('/roi_head/fc/Gemm', 'linear', 'roi_head.bbox_head.fc')
-    assert layer.is_of('bbox_head.fc', 'linear') and layer.is_of('model.roi_head.bbox_head.fc', 'linear')
-    assert not layer.is_of('bbox_head.fc', 'add') and not layer.is_of('head.fc', 'linear')
+    assert layer.is_same_layer('bbox_head.fc', 'linear')
+    assert layer.is_same_layer('model.roi_head.bbox_head.fc', 'linear')
+    assert not layer.is_same_layer('bbox_head.fc', 'add') and not layer.is_same_layer('head.fc', 'linear')

@@ -49,7 +49,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def progress(items: Iterable, title: str) -> Iterable:
-    """A progress bar, away from the report."""
+    """A progress bar on stderr, so that it does not mix with the report."""
     return track(items, title, console=Console(stderr=True), transient=True)
 
 

@@ -54,7 +54,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def write(target: Path, content: bytes, force: bool) -> None:
-    """Write a file as a whole or not at all; exits with one line if that cannot be."""
+    """Write a file whole or not at all; exits with one line if it cannot be written."""
     if target.exists() and not force:
         sys.exit(f'{target} is there already: --force replaces it')
     try:

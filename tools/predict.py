@@ -87,7 +87,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def open_model(args: argparse.Namespace) -> tuple[Predictor, list[str]]:
-    """What predicts, and the inputs that the command line names; exits with one line if that cannot be opened."""
+    """The predictor and the inputs of the command line; exits with one line if the model cannot be opened."""
     if Path(args.model).suffix not in ('.py', '.json', '.yaml', '.yml'):
         for option in ('fuse', 'device', 'cfg_options', 'trust_checkpoint'):
             if getattr(args, option):

@@ -190,7 +190,7 @@ def write_executorch(
 
 def _is_kept(layer: Layer, kept: Collection[Layer]) -> bool:
     """Whether a layer of this format is among the chosen layers, which may be named as in another format."""
-    return any(other.is_of(layer.module, layer.kind) for other in kept)
+    return any(other.is_same_layer(layer.module, layer.kind) for other in kept)
 
 
 def openvino_structure(model: Any) -> Structure:

@@ -1,4 +1,4 @@
-"""Which layers int8 hurts: measured on images, one layer at a time."""
+"""Measures which layers int8 hurts, one layer at a time."""
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
@@ -20,7 +20,7 @@ CANDIDATES = 8
 """How many of the most sensitive layers of a section are tried in float."""
 
 GAIN = 0.05
-"""A layer stays in float if the error of the whole falls by at least this share,"""
+"""A layer stays in float if the error of its section falls by at least this share,"""
 
 TOLERATED = 0.05
 """unless the error is no larger than this anyway."""
@@ -28,13 +28,13 @@ TOLERATED = 0.05
 
 @dataclass(frozen=True)
 class FloatLayers:
-    """Layers that stay in float together, and why: one, or one with those that take its result.
+    """Layers that stay in float together, and why: a single layer, or a layer with those that take its result.
 
     Args:
         layers: The layers.
-        alone: The error that the first one to give its result causes if it alone is quantized.
-        before: The error of the section with them in int8, and what was kept before them in float.
-        after: The error with them in float, too.
+        alone: The error if only the most sensitive of them is quantized.
+        before: The error of the section with these layers in int8.
+        after: The error of the section with these layers in float.
     """
 
     layers: tuple[Layer, ...]
@@ -51,13 +51,13 @@ class FloatLayers:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What was measured on a network.
+    """The measured errors of a network.
 
-    Errors are relative L2 errors of the maps that leave a section of the network, the root of their mean square over
-    these maps. Within a section, proposals are those of the float network: what differs is what is measured.
+    An error is the root mean square of the relative L2 errors of all maps that leave a section of the network. In the
+    second section of a two-stage detector the proposals are those of the float network.
 
     Args:
-        alone: Layer -> the error if it alone is quantized.
+        alone: Layer -> the error if only this layer is quantized.
         whole: Section -> the error with all of its layers quantized.
         kept: The layers that stay in float.
         images: How many images it was measured on.
@@ -90,7 +90,7 @@ def describe(layer: Layer) -> str:
 
 
 def measure(network: QdqNetwork, images: Sequence[np.ndarray], threads: int | None = None) -> Sensitivity:
-    """Quantize one layer at a time, and then keep in float what the whole gains by.
+    """Quantize one layer at a time; then keep those layers in float that reduce the error of their section.
 
     The most sensitive layers of each section are tried in turn, each with those that were kept before it.
 
@@ -108,17 +108,17 @@ def measure(network: QdqNetwork, images: Sequence[np.ndarray], threads: int | No
     alone = {
         layer: probe.error([layer], layer.section) for layer in track(layers, 'sensitivity of each layer', **progress)
     }
-    whole: dict[int, float] = {}
+    section_errors: dict[int, float] = {}
     kept: list[FloatLayers] = []
     for section in sorted({layer.section for layer in ends}):
         chosen = {layer for layer in layers if layer.section == section}
-        whole[section] = current = probe.error(chosen, section)
+        section_errors[section] = current = probe.error(chosen, section)
         for layer in sorted(chosen, key=alone.__getitem__, reverse=True)[:CANDIDATES]:
             if current <= TOLERATED:
                 break
             if layer not in chosen:
                 continue
-            # What a layer gives is quantized once more by the layers that take it.
+            # The layers that take a layer's result quantize it once more, so they are tried together with it.
             for group in ({layer}, {layer, *(user for user in chosen if layer.name in user.takes)}):
                 trial = probe.error(chosen - group, section)
                 if trial <= (1 - GAIN) * current:
@@ -128,11 +128,11 @@ def measure(network: QdqNetwork, images: Sequence[np.ndarray], threads: int | No
                     chosen -= group
                     current = trial
                     break
-    return Sensitivity(alone, whole, tuple(kept), len(images))
+    return Sensitivity(alone, section_errors, tuple(kept), len(images))
 
 
 class _Probe:
-    """Runs a network with some layers quantized, and compares its ends with the float network's."""
+    """Runs a network with some layers quantized and compares its outputs with the float network's."""
 
     def __init__(
         self, network: QdqNetwork, ends: Sequence[Layer], images: Sequence[np.ndarray], threads: int | None
@@ -143,7 +143,7 @@ class _Probe:
         self._expected = self._run(network.float_model, list(self._ends.values()))
 
     def error(self, layers: Collection[Layer], section: int) -> float:
-        """The error at the ends of a section with these of its layers quantized."""
+        """The error at the ends of a section if the given layers are quantized."""
         ends = {layer: index for index, layer in enumerate(self._ends) if layer.section == section}
         if not ends:
             return 0.0

@@ -1,4 +1,4 @@
-"""What to predict on: images, folders, patterns, videos, cameras and streams. Needs numpy and OpenCV only."""
+"""Inputs to predict on: images, folders, patterns, videos, cameras and streams. Needs numpy and OpenCV only."""
 
 import glob
 from collections.abc import Iterator, Sequence
@@ -10,13 +10,13 @@ import cv2
 import numpy as np
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
-"""Suffixes of the files in a folder that are taken for images."""
+"""Suffixes of files in a folder that count as images."""
 
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')
-"""Suffixes of files that are taken for videos."""
+"""Suffixes of files that count as videos."""
 
 LIVE_RATE = 25.0
-"""Frames a second of a camera or a stream that does not tell."""
+"""Frames a second of a camera or a stream that does not report its rate."""
 
 
 class SourceError(ValueError):
@@ -32,8 +32,8 @@ class Source:
     """One input.
 
     Args:
-        name: What the user would call it: a path, a camera's number or an address.
-        kind: ``'live'`` is a camera or a stream, which has no end of its own.
+        name: A path, a camera's number or an address.
+        kind: ``'live'`` is a camera or a stream, which does not end by itself.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Film:
     Args:
         frames: Its frames, ``(H, W, 3)`` uint8, BGR.
         rate: Frames a second.
-        length: Number of frames as the file's header tells; ``None`` if it does not.
+        length: Number of frames according to the file's header; ``None`` if it is not there.
     """
 
     frames: Iterator[np.ndarray]
@@ -126,7 +126,7 @@ def open_film(source: Source) -> Film:
 
 
 def read_frames(capture: cv2.VideoCapture, first: np.ndarray) -> Iterator[np.ndarray]:
-    """The frames of an open capture, which is closed in the end."""
+    """The frames of an open capture, which is closed after the last one."""
     frame = first
     try:
         while frame is not None:

@@ -1,8 +1,9 @@
-"""What int8 is decided on: the layers, sums and gates of a graph, whatever format it has.
+"""Finds the layers, sums and gates of a graph that may compute in int8, for any file format.
 
-A graph is read as a list of :class:`Node`. From how these hang together follows which of them may compute in int8:
-what lies between the first and the last convolution or product with weights. What is done to the image before, and to
-boxes and scores behind, never may. Needs the standard library only.
+A graph is read as a list of :class:`Node`. Nodes between the first and the last convolution, or product with weights,
+may compute in int8. What is done to the image before them, and to boxes and scores after them, always stays in float.
+
+Needs the standard library only.
 """
 
 from collections import defaultdict
@@ -11,10 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal['conv', 'linear', 'add', 'mul', 'shape', 'barrier', 'other']
-"""What a node computes, as far as it matters here.
+"""What a node computes, as far as it matters for int8.
 
-``'conv'`` and ``'linear'`` (a matrix product) are what takes time. ``'shape'`` gives sizes, ``'barrier'`` selects by
-value: suppression, the best of many, pooling of regions. What comes behind one depends on what it selects.
+``'conv'`` and ``'linear'`` (a matrix product) take most of the time. ``'shape'`` computes sizes. ``'barrier'`` selects
+by value: suppression, top-k, pooling of regions. Everything behind a barrier depends on what it selects.
 """
 
 
@@ -25,9 +26,9 @@ class Node:
     Args:
         name: Its name, unique in the graph.
         kind: What it computes.
-        module: Name of the torch module that it was made from, as far as the format keeps that.
+        module: Name of the torch module that it was made from, as far as the format keeps the name.
         inputs: Names of the nodes whose results it takes; constants are not among them.
-        leaves: Whether a result of it leaves the graph.
+        leaves: Whether one of its results is an output of the graph.
     """
 
     name: str
@@ -46,8 +47,8 @@ class Layer:
         kind: ``'conv'``, ``'linear'``, ``'add'`` or ``'mul'``.
         module: Name of the torch module that it was made from.
         section: How many selections by value lie before it: 0 up to the proposals of a two-stage detector.
-        end: Whether its result leaves the network, or is selected from, before another layer takes it.
-        takes: Names of the layers whose results it takes, through nodes that are no layers too.
+        end: Whether its result reaches an output or a barrier before it reaches another layer.
+        takes: Names of the layers whose results it takes, directly or through nodes that are no layers.
     """
 
     name: str
@@ -57,20 +58,20 @@ class Layer:
     end: bool = False
     takes: frozenset[str] = frozenset()
 
-    def is_of(self, module: str, kind: Kind) -> bool:
-        """Whether a node of another format, by its module and kind, is the same layer."""
-        # Formats keep a name or what it ends in.
-        mine, other = f'.{self.module}', f'.{module}'
-        return kind == self.kind and (mine.endswith(other) or other.endswith(mine))
+    def is_same_layer(self, module: str, kind: Kind) -> bool:
+        """Whether a node of another format, given by its module and kind, is the same layer."""
+        # A format keeps a module's full name or only the end of it.
+        own_name, other_name = f'.{self.module}', f'.{module}'
+        return kind == self.kind and (own_name.endswith(other_name) or other_name.endswith(own_name))
 
 
 @dataclass(frozen=True)
 class Structure:
-    """What of a graph may compute in int8.
+    """The parts of a graph that may compute in int8.
 
     Args:
         layers: The layers in the order in which they run.
-        between: Names of all nodes from the first to the last layer, those that only pass maps on included.
+        between: Names of all nodes from the first to the last layer, including those that only pass maps on.
     """
 
     layers: tuple[Layer, ...]
@@ -81,7 +82,7 @@ def find_structure(nodes: Sequence[Node]) -> Structure:
     """The structure of a graph.
 
     Args:
-        nodes: Its nodes, each behind those whose results it takes.
+        nodes: Its nodes, each after those whose results it takes.
     """
     by_name = {node.name: node for node in nodes}
     users: dict[str, list[Node]] = defaultdict(list)

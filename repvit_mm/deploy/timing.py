@@ -44,7 +44,7 @@ def interleave(
     Args:
         candidates: Name -> what to run.
         rounds: Counted rounds.
-        device: Where it computes; work that is queued there is waited for.
+        device: Where it computes; queued work is waited for.
         label: What the progress bar says.
         clock: Gives seconds.
 

@@ -62,7 +62,7 @@ class ModelPredictor:
 
 
 def image_pipeline(pipeline: Sequence[dict]) -> Compose:
-    """A test pipeline for an image that is at hand and has no annotations."""
+    """A test pipeline for an image that is in memory and has no annotations."""
     steps = [copy.deepcopy(step) for step in pipeline if 'Annotations' not in step['type']]
     steps[0]['type'] = steps[0]['type'].replace('LoadImageFromFile', 'LoadImageFromNDArray')
     return Compose(steps)

@@ -1,4 +1,4 @@
-"""Two-stage detectors as one function of images: Faster R-CNN, Mask R-CNN and their cascades."""
+"""Graphs of two-stage detectors: Faster R-CNN, Mask R-CNN and their cascades."""
 
 from collections.abc import Sequence
 
@@ -19,15 +19,14 @@ from .operators import (
 
 
 class TwoStageGraph(Graph):
-    """A two-stage detector of MMDetection: an image to its detections, with their masks if it predicts any.
+    """A two-stage detector of MMDetection: from an image to its detections, with masks if it predicts any.
 
-    It is a rendering of what the framework does in a test: ``RPNHead``, ``StandardRoIHead`` or ``CascadeRoIHead``,
-    ``BBoxHead`` and ``FCNMaskHead``. Proposals are suppressed within their level, every class has its own box, and the
-    lists of detections are as long as that of the image of a batch that has most.
+    It computes what the framework does in a test with ``RPNHead``, ``StandardRoIHead`` or ``CascadeRoIHead``,
+    ``BBoxHead`` and ``FCNMaskHead``. Proposals are suppressed within their level, and every class has its own box. In a
+    batch all lists of detections are as long as the longest.
 
-    A mask covers its box alone: ``masks`` are probabilities ``(N, K, h, w)``. As in the framework they are stretched at
-    last over the image that somebody wants to see, which is rarely the network's input:
-    :func:`~repvit_mm.deploy.masks.paste_masks` does it.
+    A mask covers only its box: ``masks`` are probabilities ``(N, K, h, w)``. As in the framework they are stretched
+    over the original image afterwards, by :func:`~repvit_mm.deploy.masks.paste_masks`.
 
     Args:
         model: A ``TwoStageDetector`` with a ``StandardRoIHead`` or a ``CascadeRoIHead``.
@@ -61,7 +60,7 @@ class TwoStageGraph(Graph):
         outputs = [boxes, scores, labels]
         if self.mask_stages:
             outputs.append(self.masks(maps, boxes, labels, scores > 0))
-        # Up to here there was one place at least: not every operator of every runtime takes a list of none.
+        # Until here each list had at least one place: some operators of some runtimes take no empty list.
         boxes, scores, labels, *masks = (output[:, : count.max()] for output in outputs)
         return boxes, scores, labels, count, *masks
 
@@ -73,8 +72,8 @@ class TwoStageGraph(Graph):
             size: Height and width of the image.
 
         Returns:
-            Boxes ``(N, P, 4)`` by falling score, and which of them are proposals ``(N, P)``: beyond the last one of an
-            image there are none.
+            Boxes ``(N, P, 4)`` by falling score, and which of them are proposals ``(N, P)``: the places after an
+            image's last proposal are empty.
         """
         head, cfg = self.model.rpn_head, self.model.rpn_head.test_cfg
         outputs = [[map_.float() for map_ in maps] for maps in head(maps)]
@@ -91,7 +90,7 @@ class TwoStageGraph(Graph):
             scores.append(score)
             levels.append(torch.full_like(score, level, dtype=torch.int64))
         boxes, scores, levels = (torch.cat(parts, dim=1) for parts in (boxes, scores, levels))
-        # A proposal stays one if its score is too small for a float32.
+        # A proposal counts even if its score is too small for a float32.
         scores = scores.clamp(min=torch.finfo(scores.dtype).tiny)
         if (least := cfg.get('min_bbox_size', -1)) >= 0:
             large = (boxes[..., 2:] - boxes[..., :2] > least).all(dim=-1)
@@ -164,7 +163,7 @@ class TwoStageGraph(Graph):
     def _head(
         self, head: nn.Module, extractor: nn.Module, maps: Sequence[Tensor], boxes: Tensor, images: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """What a head makes of boxes ``(R, 4)`` in images ``(R,)``, in float32."""
+        """A head's outputs for boxes ``(R, 4)`` in images ``(R,)``, in float32."""
         layer = extractor.roi_layers[0]
         features = pyramid_roi_align(
             maps[: extractor.num_inputs],
@@ -182,7 +181,7 @@ class TwoStageGraph(Graph):
     def _suppressed(
         self, boxes: Tensor, scores: Tensor, labels: Tensor, nms: dict, limit: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What non-maximum suppression leaves of candidates ``(N, M)``: as long as the longest list, or one place."""
+        """What non-maximum suppression leaves of candidates ``(N, M)``: as long as the longest list, at least one."""
         agnostic = nms.get('class_agnostic', False)
         boxes, scores, labels = non_maximum_suppression(
             boxes, scores, labels, nms.iou_threshold, limit, suppress_by_onnx, agnostic
@@ -205,12 +204,12 @@ def _image_of_each(boxes: Tensor) -> Tensor:
 
 
 def _stages(part: nn.Module) -> Sequence[nn.Module]:
-    """A part of a RoI head as the stages that a cascade has of it."""
+    """A part of a RoI head as a list with one entry for each stage."""
     return part if isinstance(part, nn.ModuleList) else [part]
 
 
 def _check(model: nn.Module) -> None:
-    """Refuse a detector that does anything else than :class:`TwoStageGraph`.
+    """Refuse a detector that does something that :class:`TwoStageGraph` does not.
 
     Raises:
         ExportError: says what.

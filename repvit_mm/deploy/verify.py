@@ -1,4 +1,4 @@
-"""Whether two runs of one model give the same: what the framework computes, and how far a file's outputs are off."""
+"""Compares two runs of one model: what the framework predicts, and how much a file's outputs differ from it."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ SCORE = 0.05
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far outputs may be off.
+    """How much outputs may differ.
 
     Args:
         maps: Relative L2 error of a map or of logits.
@@ -43,19 +43,19 @@ TOLERANCES = {
     'float32': Tolerance(),
     'float16': Tolerance(maps=2e-2, pixels=2e-2, boxes=2.0, scores=2e-2, masks=0.05, detections=0.05),
     'bfloat16': Tolerance(maps=5e-2, pixels=3e-2, boxes=4.0, scores=0.1, masks=0.1, detections=0.1),
-    # Whether the file is any good is for its metric to say; this is what tells it from a broken one.
+    # Only the metric tells whether an int8 file is good; these limits find broken ones.
     'int8': Tolerance(maps=0.3, pixels=0.1, boxes=8.0, scores=0.2, masks=0.3, detections=0.3),
 }
-"""Precision of a file's weights -> how far it may be off the float32 model."""
+"""Precision of a file's weights -> how much it may differ from the float32 model."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far outputs are off.
+    """How much outputs differ.
 
     Args:
         text: In words and numbers.
-        excess: The largest difference in terms of what is tolerated: above 1, or not a number, is too much.
+        excess: The largest difference divided by the tolerance: above 1, or not a number, is too much.
     """
 
     text: str
@@ -68,7 +68,7 @@ class Difference:
 
 
 def largest(differences: Iterable[Difference]) -> Difference:
-    """The largest of some differences; one that is not a number is the largest."""
+    """The largest of some differences; not-a-number counts as the largest."""
     return max(differences, key=lambda difference: (not difference.tolerated, difference.excess))
 
 
@@ -78,7 +78,7 @@ def framework_outputs(model: nn.Module, task: Task, images: np.ndarray, logits: 
 
     Args:
         model: The built model in ``eval`` mode.
-        task: What of it is meant.
+        task: What it predicts, or ``'backbone'`` for the maps of its backbone.
         images: ``(N, 3, H, W)``, RGB, values from 0 to 255.
         logits: Whether a segmentor's logits are wanted instead of labels.
     """
@@ -123,7 +123,7 @@ def normalize(model: nn.Module, image: Tensor) -> Tensor:
 
 
 def _sample(task: Task, shape: tuple[int, int]) -> object:
-    """What a framework is told of an image that is fed in its own size."""
+    """The metadata of an image that is fed in its own size."""
     meta = dict(img_shape=shape, ori_shape=shape, scale_factor=(1.0, 1.0))
     if task == 'segmentation':
         from mmseg.structures import SegDataSample
@@ -157,12 +157,12 @@ def _padded(results: list) -> dict[str, np.ndarray]:
 def compare(
     task: Task, expected: Outputs, found: Outputs, tolerance: Tolerance, limit: int | None = None
 ) -> Difference:
-    """How far a file's outputs are off what they should be.
+    """How much a file's outputs differ from the expected ones.
 
     Args:
         task: What the outputs are.
-        expected: What they should be.
-        found: What they are.
+        expected: The framework's outputs.
+        found: The file's outputs.
         tolerance: What may differ.
         limit: How many detections of an image there can be. Where there are so many, the last ones may differ.
     """
@@ -175,7 +175,7 @@ def compare(
         share = float((right != actual).mean())
         return Difference(f'{share:.4%} of pixels have another label', share / tolerance.pixels)
     errors = {name: relative_error(found[name], right) for name, right in expected.items()}
-    # Unlike Python's, NumPy's maximum does not lose a NaN.
+    # Unlike Python's max, NumPy's keeps a NaN.
     worst = float(np.max(list(errors.values())))
     return Difference(f'relative L2 error {worst:.1e}', worst / tolerance.maps)
 
@@ -194,7 +194,7 @@ def _compare_detections(expected: Outputs, found: Outputs, tolerance: Tolerance,
     pairs, alone, boxes, scores, masks = 0, 0, 0.0, 0.0, 0.0
     for index in range(len(expected['scores'])):
         right, actual = _detections(expected, index), _detections(found, index)
-        # One whose score lies at the limit, or that competes for the last place, may be on either side of it.
+        # A detection whose score lies at the limit, or that competes for the last place, may be in one run only.
         certain = max(SCORE, *(_last_place(run, index, limit) for run in (expected, found))) + tolerance.scores
         matches = _match(right, actual, tolerance)
         for a, b in matches.items():
@@ -229,7 +229,7 @@ def _detections(outputs: Outputs, index: int) -> dict[str, np.ndarray]:
 
 
 def _last_place(outputs: Outputs, index: int, limit: int | None) -> float:
-    """The lowest score of an image that has as many detections as there can be, else 0."""
+    """The lowest score of an image that has the largest possible number of detections, else 0."""
     scores = outputs['scores'][index][outputs['labels'][index] >= 0]
     return float(scores.min()) if len(scores) == limit else 0.0
 
