@@ -357,15 +357,15 @@ def test_row(folder: Path, row: Row) -> None:
 # ------------------------------------------------------------------------------------------------ Images of every kind.
 
 
-def save(kind: str, path: Path) -> None:
-    """Write an image of a kind."""
+def save(kind: str, path: Path, size: tuple[int, int] = (48, 80)) -> None:
+    """Write an image of a kind; ``size`` is its height and width, unless the kind has one of its own."""
     rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (48, 80, 3), np.uint8)
+    pixels = rng.integers(0, 256, (*size, 3), np.uint8)
     picture = Image.fromarray(pixels)
     if kind in ('L', 'RGBA', 'CMYK', '1', 'P', 'LA'):
         picture.convert(kind).save(path)
     elif kind == '16 bit':
-        Image.fromarray(rng.integers(0, 2**16, (48, 80), np.uint16)).save(path)
+        Image.fromarray(rng.integers(0, 2**16, size, np.uint16)).save(path)
     elif kind[0].isdecimal():
         Image.new('RGB', tuple(map(int, kind.split('x')))).save(path)
     else:
@@ -426,30 +426,25 @@ def test_image_is_predicted_on_or_named(tmp_path: Path, predictors: Callable, ta
 
 @pytest.mark.torture
 @pytest.mark.parametrize('task', ['det', 'seg'])
-def test_training_and_testing_on_images_of_every_kind(folder: Path, tried: Callable[[], None], task: str) -> None:
-    """Those that cannot be read are told one after the other; the run with the rest of them succeeds."""
+def test_training_on_images_of_every_kind(folder: Path, tried: Callable[[], None], task: str) -> None:
+    """Those that can be read, many in a run; each of the others by itself: it is named, unless it works."""
     root = folder / (f'{COCO}/train2017' if task == 'det' else f'{ADE}/images/training')
-    names = dict(zip(KINDS, sorted(path.name for path in root.iterdir()) * 3, strict=False))
-    for kind in KINDS:
-        tried()
-        path = root / names[kind]
-        whole = path.readlink()
-        path.unlink()
-        scratch = folder / f'scratch{Path(KINDS[kind]).suffix}'
-        save(kind, scratch)
-        scratch.rename(path)  # the decoders look at the content
-        done = launch(folder, 'train.py', f'{task}.py', SKIP, '--work-dir', 'work', '--seed', 0)
-        printed = done.stdout + done.stderr
-        assert 'Traceback' not in printed, (kind, printed[-2000:])
-        if done.returncode:
-            assert kind in UNREADABLE | AS_IT_MAY_BE and path.name in done.stderr.splitlines()[-1], (
-                kind,
-                printed[-999:],
-            )
-        else:
-            assert kind not in UNREADABLE
-        path.unlink()
-        path.symlink_to(whole)
+    links = {path: path.readlink() for path in sorted(root.iterdir())}
+    odd = UNREADABLE | AS_IT_MAY_BE | {'33x47'}  # which has another size than its annotation
+    plain = [kind for kind in KINDS if kind not in odd]
+    for kinds in (plain[:TRAINING], plain[TRAINING:], *([kind] for kind in sorted(odd))):
+        for path, kind in zip(links, kinds, strict=False):
+            tried()
+            scratch = folder / f'scratch{Path(KINDS[kind]).suffix}'
+            save(kind, scratch, (64, 64))
+            scratch.replace(path)  # the decoders look at the content
+        done = launch(folder, 'train.py', f'{task}.py', SKIP, '--work-dir', 'work')
+        assert 'Traceback' not in done.stdout + done.stderr, (kinds, done.stderr[-2000:])
+        if done.returncode or kinds[0] in UNREADABLE:
+            assert kinds[0] in odd and next(iter(links)).name in done.stderr.rstrip().splitlines()[-1], kinds
+        for path, link in links.items():
+            path.unlink()
+            path.symlink_to(link)
 
 
 # -------------------------------------------------------------------------------------------------- Calls from Python.

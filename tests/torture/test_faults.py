@@ -119,16 +119,16 @@ def kill_within_write(folder: Path, seconds: float, patience: float, process: in
 @long
 @tasks
 def test_killed_at_random_moments(scene, tmp_path, undisturbed, tried, torture_seed, task):
-    """Thirty times, in as many runs as that takes; a run that was not hit ends like any other."""
+    """Fifteen times, in as many runs as that takes; a run that was not hit ends like any other."""
     expected, seconds = undisturbed(task)
     moments = random.Random(f'{torture_seed} {task}')
     runs = kills = 0
-    while kills < 30:
+    while kills < 15:
         folder = copy_scene(scene, tmp_path / str(runs))
         status = KILLED
         while status:
             tried()
-            moment = moments.uniform(0, seconds) if kills < 30 else None
+            moment = moments.uniform(0, seconds) if kills < 15 else None
             meanwhile = partial(send, signal.SIGKILL, moment) if moment is not None else None
             done = train(folder, task, '--resume', meanwhile=meanwhile)
             status = done.returncode

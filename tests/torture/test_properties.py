@@ -161,7 +161,7 @@ def test_block_equals_its_branches_folded_and_fused(explore, count):
     explore(holds, st.tuples(blocks(), sizes, st.booleans(), seeds), count)
 
 
-@counts(15, 200)
+@counts(15, 150)
 def test_network_equals_its_branches_folded_and_fused(explore, count):
     formats = st.sampled_from([torch.contiguous_format, torch.channels_last])
 
@@ -189,7 +189,7 @@ def test_network_equals_its_branches_folded_and_fused(explore, count):
     explore(holds, st.tuples(networks(), sizes, st.booleans(), seeds, formats), count)
 
 
-@counts(10, 100)
+@counts(10, 75)
 def test_lower_precision_is_as_near_to_the_truth_fused_as_it_is_branch_by_branch(explore, count):
     dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
@@ -211,7 +211,7 @@ def test_lower_precision_is_as_near_to_the_truth_fused_as_it_is_branch_by_branch
     explore(holds, st.tuples(networks(), sizes, seeds, dtypes), count)
 
 
-@counts(10, 100)
+@counts(10, 75)
 def test_names_of_others_lead_there_and_back(explore, count):
     """Unfused and fused; a network loads its own tensors under each of the names."""
 
