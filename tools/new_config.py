@@ -8,6 +8,7 @@ from pathlib import Path
 
 try:
     from repvit_mm.files import write_whole
+    from repvit_mm.messages import start
 except ImportError as error:
     sys.exit(f'{error} (a checkout is installed by: pip install -e .)')
 
@@ -36,4 +37,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    start(main)
