@@ -41,19 +41,21 @@ def explain(info: Mapping[str, Any], error: Exception) -> SampleError:
     return SampleError(f'{files} cannot be prepared: {one_line(error)}')
 
 
-def check_label_map(info: Mapping[str, Any], packed: Any) -> None:
+def check_label_map(packed: Any) -> None:
     """Look at whether a packed sample's label map lies on its image: as it was read, or as the model gets it.
 
     Raises:
         SampleError: if its size is neither one.
     """
     sample = packed.get('data_samples') if isinstance(packed, Mapping) else None
-    labels, shape = getattr(sample, 'gt_sem_seg', None), getattr(packed['inputs'], 'shape', None) if sample else None
-    if labels is None or shape is None:
+    labels = getattr(sample, 'gt_sem_seg', None)
+    shape = getattr(packed['inputs'], 'shape', None) if labels is not None else None
+    if shape is None:  # no label map, or several images for test-time augmentation
         return
-    if labels.shape not in (shape[-2:], tuple(sample.metainfo.get('ori_shape', ()))):
+    meta = sample.metainfo
+    if labels.shape not in (shape[-2:], tuple(meta.get('ori_shape', ()))):
         (height, width), (its_height, its_width) = labels.shape, shape[-2:]
         raise SampleError(
-            f'label map {info.get("seg_map_path")} is of another size than {info.get("img_path")}: '
+            f'label map {meta.get("seg_map_path")} is of another size than {meta.get("img_path")}: '
             f'{width}x{height} for {its_width}x{its_height} pixels once they are prepared'
         )

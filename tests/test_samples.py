@@ -40,20 +40,22 @@ def test_what_cannot_be_read_is_named(tmp_path):
 
 def packed(shape: tuple[int, int]) -> dict:
     """A sample of an image of 20x30 that was resized to 40x60, with a label map of some size."""
-    sample = SimpleNamespace(gt_sem_seg=torch.zeros(shape), metainfo=dict(ori_shape=(20, 30)))
+    sample = SimpleNamespace(
+        gt_sem_seg=torch.zeros(shape), metainfo=dict(ori_shape=(20, 30), img_path='a.png', seg_map_path='b.png')
+    )
     return dict(inputs=torch.zeros(3, 40, 60), data_samples=sample)
 
 
 @pytest.mark.parametrize('shape', [(40, 60), (20, 30)])
 def test_label_map_may_be_resized_or_as_it_was_read(shape):
-    check_label_map({}, packed(shape))
+    check_label_map(packed(shape))
 
 
 def test_label_map_of_another_size_is_refused():
     with pytest.raises(SampleError, match=r'label map b.png is of another size than a.png: 60x39 for 60x40 pixels'):
-        check_label_map(dict(img_path='a.png', seg_map_path='b.png'), packed((39, 60)))
+        check_label_map(packed((39, 60)))
 
 
 @pytest.mark.parametrize('other', [None, dict(inputs=[1], data_samples=None), dict(inputs=torch.zeros(3, 4, 4))])
 def test_other_samples_are_left_alone(other):
-    check_label_map({}, other)
+    check_label_map(other)

@@ -56,14 +56,14 @@ def replace_reader_of_addresses(reader: Callable) -> None:
     mmengine.runner.checkpoint.load_from_http = reader
 
 
-def watch_samples(explain: Callable[[Any, Exception], Exception], check: Callable[[Any, Any], None]) -> None:
+def watch_samples(explain: Callable[[Any, Exception], Exception], check: Callable[[Any], None]) -> None:
     """Look at each sample that a data set of MMEngine hands out, in every process that is forked from this one.
 
     What a pipeline raises often does not name the file; a data set has no place where that could be added.
 
     Args:
         explain: Makes of what is known of a sample, and of what its pipeline raised, the exception that is raised.
-        check: Called with what is known of a sample, and with the sample.
+        check: Called with each sample.
     """
     if hasattr(BaseDataset.prepare_data, '__wrapped__'):
         return  # done already
@@ -74,7 +74,7 @@ def watch_samples(explain: Callable[[Any, Exception], Exception], check: Callabl
             sample = prepare_data.__wrapped__(self, index)
         except Exception as error:  # a pipeline may raise anything
             raise explain(self.get_data_info(index), error) from error
-        check(self.get_data_info(index), sample)
+        check(sample)
         return sample
 
     BaseDataset.prepare_data = prepare_data
