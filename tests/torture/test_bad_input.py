@@ -293,8 +293,6 @@ QUICK = [
     'one missing image that nobody looked for',
     'label map of another size that nobody looked for',
     'half a checkpoint',
-    'full disk while saving',
-    'work folder that is a file',
 ]
 """Rows that an ordinary run of the tests tries too: one of each kind."""
 
@@ -329,6 +327,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'row',
     [pytest.param(row, id=name, marks=[] if name in QUICK else pytest.mark.torture) for name, row in ROWS.items()],

@@ -20,7 +20,7 @@ from tiny import ADE, COCO, CONFIGS, LAST, write_tiny
 from repvit_mm.checkpoint import read_checkpoint
 from repvit_mm.files import UNFINISHED
 
-pytestmark = pytest.mark.needs_ops
+pytestmark = [pytest.mark.needs_ops, pytest.mark.slow]
 tasks = pytest.mark.parametrize('task', CONFIGS)
 long = pytest.mark.torture
 
