@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import onnx
-from onnx import helper, parser
+import pytest
 
 from repvit_mm.deploy.metadata import KEY, FileInfo
+
+onnx = pytest.importorskip('onnx')
 
 RED_DETECTOR = """
 <ir_version: 9, opset_import: ["": 18]>
@@ -84,9 +85,9 @@ def save(path: Path, text: str, info: FileInfo, kinds: dict[str, str], **parts: 
     """Write a model of ONNX's text format as a file with its description."""
     height, width = info.sizes[0] if len(info.sizes) == 1 else ('H', 'W')
     outputs = ', '.join(f'{kind} {name}' for name, kind in kinds.items())
-    model = parser.parse_model(
+    model = onnx.parser.parse_model(
         text.format(batch=info.batch or 'N', height=height, width=width, outputs=outputs, **parts)
     )
-    helper.set_model_props(model, {KEY: info.to_json()})
+    onnx.helper.set_model_props(model, {KEY: info.to_json()})
     onnx.save(model, path)
     return path

@@ -3,15 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from mmdet.models import DetDataPreprocessor
 from mmengine.model import BaseDataPreprocessor, ImgDataPreprocessor
-from mmseg.models import SegDataPreProcessor
-from mmseg.structures import SegDataSample
 from small_models import MODELS, small_model
 
 from repvit_mm.deploy.graph import ExportError, Preprocess, backbone_graph, graph_of
 from repvit_mm.deploy.load import fuse_model
 from repvit_mm.deploy.verify import Tolerance, compare, framework_outputs
+
+pytest.importorskip('mmcv.ops')
+from mmdet.models import DetDataPreprocessor
+from mmseg.models import SegDataPreProcessor
+from mmseg.structures import SegDataSample
 
 IMAGENET = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])
 EXACT = Tolerance(maps=1e-5, pixels=0.0, boxes=0.01, scores=1e-5)

@@ -1,17 +1,19 @@
 """Each operator against the framework's own, on whatever hypothesis finds."""
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmcv.ops import batched_nms
-from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
-from mmdet.models.utils import filter_scores_and_topk
 from torch import Tensor, nn
 
 from repvit_mm.deploy import operators
+
+onnxruntime = pytest.importorskip('onnxruntime')
+pytest.importorskip('mmcv.ops')
+from mmcv.ops import batched_nms  # noqa: E402
+from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder, DistancePointBBoxCoder  # noqa: E402
+from mmdet.models.utils import filter_scores_and_topk  # noqa: E402
 
 FEW = settings(max_examples=30, deadline=None)
 SUPPRESS = {

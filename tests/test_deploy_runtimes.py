@@ -6,15 +6,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
 
 from repvit_mm.deploy import runtimes
 from repvit_mm.deploy.metadata import KEY, FileInfo, MetadataError
 from repvit_mm.deploy.runtimes import RUNTIMES, RuntimeFileError, open_file, preprocess
+
+onnx = pytest.importorskip('onnx')
 
 ROOT = Path(__file__).parents[1]
 INFO = FileInfo(
@@ -50,17 +50,17 @@ infos = st.builds(
 def add_one(path: Path, info: FileInfo | str | None, *outputs: str, batch: int | str = 'n') -> Path:
     """An ONNX file that adds 1 to an image, under the name of each of its outputs."""
     shape = [batch, 3, 'h', 'w']
-    one = helper.make_tensor('one', TensorProto.FLOAT, [], [1.0])
-    graph = helper.make_graph(
-        [helper.make_node('Add', ['images', 'one'], [name]) for name in outputs],
+    one = onnx.helper.make_tensor('one', onnx.TensorProto.FLOAT, [], [1.0])
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node('Add', ['images', 'one'], [name]) for name in outputs],
         'add',
-        [helper.make_tensor_value_info('images', TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in outputs],
+        [onnx.helper.make_tensor_value_info('images', onnx.TensorProto.FLOAT, shape)],
+        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in outputs],
         [one],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=8)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid('', 17)], ir_version=8)
     if info is not None:
-        helper.set_model_props(model, {KEY: info if isinstance(info, str) else info.to_json()})
+        onnx.helper.set_model_props(model, {KEY: info if isinstance(info, str) else info.to_json()})
     onnx.save(model, path)
     return path
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import EMAHook
@@ -18,7 +17,6 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from mmengine.structures import PixelData
-from mmseg.structures import SegDataSample
 from small_models import like_trained, small_config, small_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -29,6 +27,10 @@ from repvit_mm.deploy.graph import graph_of
 from repvit_mm.deploy.load import build_model, fuse_model, load_model
 from repvit_mm.deploy.verify import Tolerance, compare, framework_outputs, relative_error
 from repvit_mm.reparam import plain_formulation, reparam_blocks
+
+pytest.importorskip('mmcv.ops')
+from mmdet.structures import DetDataSample
+from mmseg.structures import SegDataSample
 
 TOOLS = Path(__file__).parents[1] / 'tools'
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 96)).astype(np.float32)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import onnx
 import pytest
 from files import red_detector, strongest_channel
 from hypothesis import given
@@ -26,6 +25,7 @@ from repvit_mm.deploy.results import H264Writer, ResultFolder
 from repvit_mm.deploy.runtimes import RuntimeFileError
 from repvit_mm.deploy.sources import Source, find_sources
 
+onnx = pytest.importorskip('onnx')
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools/predict.py'
 sys.path.append(str(TOOL.parent))

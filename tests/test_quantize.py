@@ -10,7 +10,6 @@ from small_models import small_config, small_model
 
 from repvit_mm.deploy.export import EXPORTERS, Exportable, Options, build_graph, quiet, random_images
 from repvit_mm.deploy.graph import ExportError
-from repvit_mm.deploy.int8 import Candidate, Int8Options, Int8Report, check_target, export_int8, in_points, judge
 from repvit_mm.deploy.load import fuse_model
 from repvit_mm.deploy.metadata import FileInfo
 from repvit_mm.deploy.quantize import quantize_file, write_executorch
@@ -18,6 +17,15 @@ from repvit_mm.deploy.runtimes import RuntimeFileError, open_file
 
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
+from repvit_mm.deploy.int8 import (  # noqa: E402
+    Candidate,
+    Int8Options,
+    Int8Report,
+    check_target,
+    export_int8,
+    in_points,
+    judge,
+)
 from repvit_mm.deploy.qdq import QdqNetwork  # noqa: E402
 from repvit_mm.deploy.sensitivity import Sensitivity, measure  # noqa: E402
 from repvit_mm.deploy.structure import Layer  # noqa: E402
