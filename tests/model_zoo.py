@@ -151,12 +151,13 @@ def latencies() -> Iterator[str]:
     rows = {(row['name'], row['route']): row['ms'] for row in measured['rows']}
     names, routes = ([*dict.fromkeys(key)] for key in zip(*rows, strict=True))
     machine, settings = measured['machine'], measured['settings']
+    command = measured['command'].replace(' --size', ' \\\n    --size')
     yield (
         '\n### Latency\n\n'
         f'Milliseconds for one image of {settings["size"][0]}x{settings["size"][1]} pixels by each '
         f'[route](performance.md#how-it-is-measured): medians of {settings["rounds"]} rounds on '
         f'{machine["processor"]}, {machine["threads"]} threads, torch {machine["versions"]["torch"]}.\n\n'
-        f'```console\n{measured["command"].replace(" --size", " \\\n    --size")}\n```\n\n'
+        f'```console\n{command}\n```\n\n'
     )
     yield table(
         ['', *routes],

@@ -46,6 +46,13 @@ def test_arguments_status_and_name_are_the_launcher_s(tmp_path):
     assert done.returncode == 2 and 'usage: repvit-mm plot-log' in done.stderr
 
 
+def test_missing_framework_is_told_in_one_line(tmp_path):
+    (tmp_path / 'torch.py').write_text("raise ModuleNotFoundError('No module named torch', name='torch')\n")
+    done = run(tmp_path, 'train', '--help')
+    assert done.returncode == 1 and done.stderr.count('\n') == 1
+    assert done.stderr.startswith('repvit-mm train needs torch, which is not installed: repvit-mm doctor ')
+
+
 def test_unknown_command_and_none(tmp_path):
     done = run(tmp_path, 'trian')
     assert done.returncode == 2 and "invalid choice: 'trian'" in done.stderr and 'train' in done.stderr
