@@ -25,6 +25,8 @@ from .layers import (
     MobileOneBlock,
     NormLinear,
     StochasticDepth,
+    activated,
+    add_convolved,
     add_residual,
 )
 from .names import FASTVIT_NAMES
@@ -116,7 +118,8 @@ class ConvFFN(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return add_residual(x, self.drop_path(self.project(self.act(self.expand(self.depthwise(x))))))
+        hidden = activated(self.expand, self.act, self.depthwise(x))
+        return add_convolved(x, self.project, self.drop_path, hidden)
 
 
 class Block(nn.Sequential):
@@ -196,9 +199,9 @@ class Stem(nn.Module):
         self.act3 = GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act1(self.conv1(x))
-        x = self.act2(self.conv2(x))
-        return self.act3(self.conv3(x))
+        x = activated(self.conv1, self.act1, x)
+        x = activated(self.conv2, self.act2, x)
+        return activated(self.conv3, self.act3, x)
 
 
 class PatchEmbedding(nn.Module):
@@ -219,7 +222,7 @@ class PatchEmbedding(nn.Module):
         self.position = PositionEncoding(out_channels) if with_position else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.channel(self.spatial(x)))
+        x = activated(self.channel, self.act, self.spatial(x))
         return x if self.position is None else self.position(x)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compat.pytorch import gelu_
+from .compat.pytorch import add_conv_, conv_activated, fuses_into_convolutions, gelu_
 from .recompute import convolve, recipe_of, recomputable, runs_eagerly
 from .reparam import (
     Kernel,
@@ -157,6 +157,57 @@ class ReLU(nn.ReLU):
         if overwrites():
             return torch.relu_(x)
         return F.relu(x) if recipe_of(x) is None else recomputable(F.relu, x)
+
+
+def activated(conv: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
+    """``act(conv(x))``, in one operation where oneDNN offers it and no module in between has to be called.
+
+    Args:
+        conv: What equals one convolution, fused or not.
+        act: Its activation.
+        x: Map ``(N, C_in, H, W)``.
+    """
+    name = {GELU: 'gelu', ReLU: 'relu'}.get(type(act))
+    one = _single_convolution(conv, x) if name else None
+    return act(conv(x)) if one is None else conv_activated(x, *one, name)
+
+
+def add_convolved(x: Tensor, conv: nn.Module, drop_path: nn.Module, hidden: Tensor) -> Tensor:
+    """``x + drop_path(conv(hidden))`` likewise, by adding to ``x`` where a residual sum may overwrite its operand.
+
+    Args:
+        x: Map ``(N, C, H, W)`` that nobody else holds.
+        conv: What equals one convolution, fused or not.
+        drop_path: What stands between the convolution and the sum; nothing in evaluation.
+        hidden: Map ``(N, C_in, H, W)``.
+    """
+    idle = isinstance(drop_path, StochasticDepth) and not (drop_path.training and drop_path.rate)
+    one = _single_convolution(conv, hidden) if idle and x.dtype is hidden.dtype else None
+    if one is None or not x.is_contiguous(memory_format=torch.channels_last):
+        return add_residual(x, drop_path(conv(hidden)))
+    return add_conv_(x, hidden, *one)
+
+
+def _single_convolution(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, int, int, int, int] | None:
+    """Weight, bias and options of what runs as one convolution, where oneDNN's own operators may run it.
+
+    In float32 alone: in bfloat16 they are no faster.
+    """
+    if not (overwrites() and x.device.type == 'cpu' and x.dtype is torch.float32):
+        return None
+    if torch.is_autocast_enabled('cpu') or not x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    if not fuses_into_convolutions():
+        return None
+    if isinstance(conv, ReparamBlock) and conv.runs_folded():
+        weight, bias = conv.kernel()
+        options = conv.stride, conv.padding, conv.dilation, conv.groups
+    elif type(conv) in (nn.Conv2d, Conv1x1):
+        weight, bias = conv.weight, conv.bias
+        options = conv.stride[0], conv.padding[0], conv.dilation[0], conv.groups
+    else:
+        return None
+    return (weight, bias, *options) if weight.dtype is torch.float32 else None
 
 
 def add_residual(x: Tensor, branch: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from .backbone import ReparamBackbone
-from .layers import MobileOneBlock, ReLU, SqueezeExcite
+from .layers import MobileOneBlock, ReLU, SqueezeExcite, activated
 from .names import MOBILEONE_NAMES
 from .specs import MOBILEONE_SPECS, MOBILEONE_TOP1, MobileOneSpec
 
@@ -28,10 +28,9 @@ class Layer(nn.Module):
         self.act = ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        if self.se is not None:
-            x = self.se(x)
-        return self.act(x)
+        if self.se is None:
+            return activated(self.conv, self.act, x)
+        return self.act(self.se(self.conv(x)))
 
 
 class Block(nn.Sequential):

@@ -7,7 +7,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from .backbone import ReparamBackbone
-from .layers import GELU, ConvBN, SqueezeExcite, StochasticDepth, add_residual
+from .layers import GELU, ConvBN, SqueezeExcite, StochasticDepth, activated, add_convolved
 from .names import REPVIT_NAMES
 from .reparam import Kernel, ReparamBlock, add_kernels, conv_kernel, fold_norm, identity_kernel
 from .specs import REPVIT_SPECS, REPVIT_TOP1, RepViTSpec
@@ -27,7 +27,7 @@ class Stem(nn.Module):
         self.conv2 = ConvBN(out_channels // 2, out_channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.act(self.conv1(x)))
+        return self.conv2(activated(self.conv1, self.act, x))
 
 
 class TokenMixer(ReparamBlock):
@@ -76,7 +76,7 @@ class ChannelMixer(nn.Module):
         self.drop_path = StochasticDepth(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        return add_residual(x, self.drop_path(self.project(self.act(self.expand(x)))))
+        return add_convolved(x, self.project, self.drop_path, activated(self.expand, self.act, x))
 
 
 class Block(nn.Module):

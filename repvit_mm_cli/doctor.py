@@ -33,6 +33,16 @@ FORK = 'onedl-'
 """Prefix of the names of the maintained forks, which are distributions of the same modules."""
 
 
+CPUINFO = Path('/proc/cpuinfo')
+"""Where Linux tells of the processor."""
+
+INSTRUCTIONS = {
+    'bfloat16': {'amx_bf16': 'AMX-BF16', 'avx512_bf16': 'AVX512-BF16'},
+    'int8': {'amx_int8': 'AMX-INT8', 'avx512_vnni': 'AVX512-VNNI', 'avx_vnni': 'AVX-VNNI'},
+}
+"""What is multiplied faster than float32 -> Linux's flag of an instruction set for it, and that set's name."""
+
+
 @dataclass(frozen=True)
 class Line:
     """The result of one check.
@@ -147,6 +157,18 @@ def distribution_lines(table: ModuleType) -> Iterable[Line]:
                 yield Line('broken', module, f'{name} {version}', f'pip install "{name}>={first},<{beyond}"')
 
 
+def processor_lines() -> Iterable[Line]:
+    """Which instructions an x86 processor has for numbers smaller than float32, where Linux tells."""
+    try:
+        found = next(line for line in CPUINFO.read_text().splitlines() if line.startswith('flags'))
+    except (OSError, StopIteration):
+        return
+    flags = set(found.partition(':')[2].split())
+    sets = {kind: [name for flag, name in known.items() if flag in flags] for kind, known in INSTRUCTIONS.items()}
+    text = '; '.join(f'{kind} by {" and ".join(names) or "nothing"}' for kind, names in sets.items())
+    yield Line('ok', 'instructions', text)
+
+
 def operator_line(found: dict[str, Any], mmcv: str = 'mmcv') -> Line:
     """What to say of mmcv's compiled operators, if pip calls it so."""
     name, rebuild = 'mmcv operators', REBUILD.format(mmcv)
@@ -232,6 +254,7 @@ def examine(config: str | None = None) -> Iterable[Line]:
         yield line('torch', needed=True)
         if 'devices' in found('torch'):
             yield Line('ok', 'devices', '; '.join(found('torch')['devices']))
+        yield from processor_lines()
         yield line('mmengine', needed=True)
         there = {name: not is_absent(found(name), name) for name in ('mmcv', 'mmdet', 'mmseg')}
         tasks = there['mmdet'] or there['mmseg']

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from repvit_mm import FastViT, MobileOne, RepViT, switch_to_deploy
 from repvit_mm.backbone import ReparamBackbone
@@ -297,6 +298,18 @@ def fuse_as_owners(network: ReparamBackbone) -> ReparamBackbone:
     """Fuse what the owners' code fuses."""
     left = family_of(type(network)).owners_leave
     return switch_to_deploy(network, [block for block in reparam_blocks(network) if not isinstance(block, left)])
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations within its context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -20,6 +20,7 @@ from helpers import (
     SMALL,
     STATISTICS,
     Golden,
+    Operations,
     family_of,
     image,
     largest_error,
@@ -32,7 +33,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import repvit_mm.backbone
 from repvit_mm import FastViT, RepViT, switch_to_deploy
@@ -540,18 +540,6 @@ def test_hooks_are_called_on_every_module_down_to_the_blocks_that_equal_one_conv
     with torch.set_grad_enabled(learns):
         network(x)
     assert sorted(called) == sorted(named)
-
-
-class Operations(TorchDispatchMode):
-    """Names of the operations within its context."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def distributed_gradients(rank: int, folder: str, make: Callable[[], ReparamBackbone], x: Tensor) -> None:

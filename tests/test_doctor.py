@@ -73,6 +73,22 @@ def test_nothing_is_wrong_with_stubs_that_work(stubs, monkeypatch):
     assert lines['devices'].text == 'CPU, 3 threads'
 
 
+@pytest.mark.parametrize(
+    ('flags', 'expected'),
+    [
+        ('fpu avx512f avx512_bf16 avx512_vnni', 'bfloat16 by AVX512-BF16; int8 by AVX512-VNNI'),
+        ('amx_bf16 amx_int8 avx512_bf16', 'bfloat16 by AMX-BF16 and AVX512-BF16; int8 by AMX-INT8'),
+        ('fpu avx2', 'bfloat16 by nothing; int8 by nothing'),
+        (None, None),
+    ],
+)
+def test_instructions_of_the_processor(tmp_path, monkeypatch, flags, expected):
+    monkeypatch.setattr(doctor, 'CPUINFO', tmp_path / 'cpuinfo')
+    if flags is not None:
+        doctor.CPUINFO.write_text(f'processor\t: 0\nflags\t\t: {flags}\nbugs\t: none\n')
+    assert [line.text for line in doctor.processor_lines()] == ([] if expected is None else [expected])
+
+
 BROKEN = {
     'ImportError': ("raise ImportError('libfoo.so.3: cannot open')", 'ImportError: libfoo.so.3'),
     'OSError': ("raise OSError('libcudart.so.12: cannot open shared object file')", 'OSError: libcudart.so.12'),

@@ -1,10 +1,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import normalize, randomize, relative_error
-from torch import nn
+from helpers import Operations, dilated, normalize, randomize, relative_error
+from torch import Tensor, nn
 
+from repvit_mm.compat.pytorch import fuses_into_convolutions
 from repvit_mm.layers import (
+    GELU,
     ChannelLinear,
     ConvBN,
     LayerScale,
@@ -13,6 +15,8 @@ from repvit_mm.layers import (
     ReLU,
     SqueezeExcite,
     StochasticDepth,
+    activated,
+    add_convolved,
     overwriting,
 )
 from repvit_mm.reparam import plain_formulation
@@ -137,3 +141,72 @@ def test_stochastic_depth_drops_whole_images_and_keeps_the_mean(dtype):
 
 def test_stochastic_depth_shows_its_rate():
     assert 'rate=0.25' in str(nn.Sequential(StochasticDepth(0.25)))
+
+
+class TestInOneOperation:
+    """Convolutions that take the activation, or the residual sum, along."""
+
+    @pytest.fixture(params=['fused', 'unfused', 'without bias', 'dilated'])
+    def conv(self, request: pytest.FixtureRequest) -> nn.Module:
+        fuses_into_convolutions()  # it tries them once
+        return {
+            'fused': lambda: nn.Conv2d(6, 6, 3, padding=1, groups=2),
+            'unfused': lambda: randomize(ConvBN(6, 6, 3, groups=6)).eval(),
+            'without bias': lambda: nn.Conv2d(6, 6, 1, bias=False),
+            'dilated': lambda: dilated(randomize(ConvBN(6, 6, 3))).eval(),
+        }[request.param]()
+
+    @pytest.fixture
+    def x(self) -> Tensor:
+        return torch.randn(2, 6, 9, 7).contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize('act', [GELU, ReLU])
+    def test_with_the_activation(self, conv, act, x):
+        expected = act()(conv(x))
+        with overwriting(True), Operations() as seen:
+            y = activated(conv, act(), x)
+        assert relative_error(y, expected) < 1e-5
+        if fuses_into_convolutions():
+            assert 'mkldnn._convolution_pointwise.default' in seen.names and not any('elu' in n for n in seen.names)
+
+    @torch.no_grad()
+    def test_with_the_residual_sum(self, conv, x):
+        hidden = torch.randn_like(x)
+        expected = x + conv(hidden)
+        with overwriting(True), Operations() as seen:
+            y = add_convolved(x, conv, StochasticDepth(0.1).eval(), hidden)
+        assert relative_error(y, expected) < 1e-5
+        if fuses_into_convolutions():
+            assert y is x and 'mkldnn._convolution_pointwise_.binary' in seen.names
+
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        'obstacle', ['somebody looks', 'float64', 'other format', 'autocast', 'no such operator', 'another activation']
+    )
+    def test_falls_back(self, x, obstacle, monkeypatch):
+        conv, act, hidden = nn.Conv2d(6, 6, 1), GELU(), torch.randn_like(x)
+        if obstacle == 'float64':
+            conv, x, hidden = conv.double(), x.double(), hidden.double()
+        elif obstacle == 'other format':
+            x, hidden = x.contiguous(), hidden.contiguous()
+        elif obstacle == 'no such operator':
+            monkeypatch.setattr('repvit_mm.layers.fuses_into_convolutions', lambda: False)
+        elif obstacle == 'another activation':
+            act = nn.SiLU()
+        with torch.autocast('cpu', torch.bfloat16, enabled=obstacle == 'autocast'):
+            expected = act(conv(x)), x + conv(hidden)
+            with overwriting(obstacle != 'somebody looks'), Operations() as seen:
+                y = activated(conv, act, x)
+                if obstacle != 'another activation':
+                    total = add_convolved(x, conv, StochasticDepth(0.0), hidden)
+                    assert relative_error(total, expected[1]) < 1e-6 and total.dtype is expected[1].dtype
+        assert relative_error(y, expected[0]) < 1e-6 and y.dtype is expected[0].dtype
+        assert not any('mkldnn' in name for name in seen.names)
+
+    def test_an_operator_that_computes_something_else_is_not_taken(self, monkeypatch):
+        """The guard tries it; twin of the operator as it is."""
+        monkeypatch.setattr('repvit_mm.compat.pytorch.add_conv_', lambda total, *args: total)
+        assert not fuses_into_convolutions.__wrapped__()
+        monkeypatch.setattr('repvit_mm.compat.pytorch.add_conv_', None)
+        assert not fuses_into_convolutions.__wrapped__()

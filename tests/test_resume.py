@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from repvit_mm.checkpoint import read_checkpoint
+from repvit_mm.compat.pytorch import multiplies_bfloat16
 from repvit_mm.datasets.shapes import write_shapes
 from repvit_mm.resume import UNFINISHED, ResumableCheckpointHook, Stopped, fast_forward, random_state
 
@@ -742,7 +743,11 @@ REAL = {
 @pytest.mark.needs_ops
 @pytest.mark.parametrize('config', REAL, ids=lambda path: path.stem)
 def test_killed_training_of_a_real_model(tmp_path, config):
-    """Six iterations of tools/train.py, killed before the last one; the segmentor has a twin whose states are lost."""
+    """Six iterations of tools/train.py, killed before the last one; the segmentor has a twin whose states are lost.
+
+    The detector trains in mixed precision if the processor does.
+    """
+    precision = ['--amp'] if config is DETECTION and multiplies_bfloat16() else []
     write_shapes(tmp_path / 'data/shapes', train=8, val=1, size=64, seed=0)
     (tmp_path / 'killer.py').write_text(KILLER)
     lines = [
@@ -759,7 +764,7 @@ def test_killed_training_of_a_real_model(tmp_path, config):
 
     def train(folder: str, *arguments: str, **environment: str) -> int:
         path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get('PYTHONPATH'))))
-        arguments = ('config.py', '--seed', '1', '--work-dir', folder, *arguments)
+        arguments = ('config.py', '--seed', '1', '--work-dir', folder, *precision, *arguments)
         return launch(tmp_path, 'train.py', *arguments, PYTHONPATH=path, **environment).returncode
 
     def result(folder: str) -> dict:

@@ -4,6 +4,7 @@ import pickle
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,11 +27,14 @@ __all__ = [
     'InstanceNorm',
     'TorchDispatchMode',
     'WeakTensorKeyDictionary',
+    'add_conv_',
     'any_row_count',
     'children_of',
+    'conv_activated',
     'conv_backward',
     'conv_with_exact_bias',
     'draw_indices',
+    'fuses_into_convolutions',
     'gelu_',
     'has_hooks',
     'is_transforming',
@@ -132,10 +136,71 @@ def conv_with_exact_bias(
         groups: Groups.
     """
     if x.device.type == 'cpu' and x.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pairs = [padding] * 2, [stride] * 2, [dilation] * 2
-        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *pairs, groups, 'none', [], '')
+        return conv_activated(x, weight, bias, stride, padding, dilation, groups, 'none')
     y = torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups)
     return y.add_(bias.view(-1, 1, 1))
+
+
+ACTIVATIONS = {'none': '', 'relu': '', 'gelu': 'none'}
+"""What oneDNN applies to the output of a convolution -> the approximation of it; GELU is exact."""
+
+
+def conv_activated(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+    activation: str,
+) -> Tensor:
+    """A convolution and the activation of its output in one operation of oneDNN's, on a CPU and without gradients.
+
+    ``torch.compile`` uses these operators; they have no public name. Arguments as for :func:`conv_with_exact_bias`,
+    ``activation`` is a key of ``ACTIVATIONS``.
+    """
+    options = [padding] * 2, [stride] * 2, [dilation] * 2, groups
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *options, activation, [], ACTIVATIONS[activation])
+
+
+def add_conv_(
+    total: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+) -> Tensor:
+    """``total += convolution(x)`` in one operation of oneDNN's, as :func:`conv_activated`."""
+    options = [padding] * 2, [stride] * 2, [dilation] * 2, groups
+    return torch.ops.mkldnn._convolution_pointwise_.binary(total, x, weight, bias, *options, 'add', 1.0, None, [], None)
+
+
+@cache
+def fuses_into_convolutions() -> bool:
+    """Whether oneDNN's convolutions are there, take activations and sums along, and compute them right in float32.
+
+    All is tried once, on a small map: an operator without a public name may change or go.
+    """
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, total = (
+        map_.contiguous(memory_format=torch.channels_last) for map_ in torch.randn(2, 1, 16, 5, 7, generator=generator)
+    )
+    weight, bias = torch.randn(16, 16, 1, 1, generator=generator) / 4, torch.randn(16, generator=generator)
+    y = torch.nn.functional.conv2d(x, weight, bias)
+    expected = torch.nn.functional.gelu(y), torch.relu(y), y + total
+    try:
+        with torch.inference_mode():
+            found = [conv_activated(x, weight, bias, 1, 0, 1, 1, activation) for activation in ('gelu', 'relu')]
+            found.append(add_conv_(total.clone(), x, weight, bias, 1, 0, 1, 1))
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(found, expected, strict=True))
 
 
 def conv_backward(
