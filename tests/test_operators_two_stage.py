@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mmengine.config import ConfigDict
+from mmengine.registry import DefaultScope
 from onnx_files import Operator, assert_same
 from torch import Tensor
 
@@ -303,7 +304,8 @@ def test_the_best_of_fewer_than_wanted(tmp_path: Path) -> None:
 @pytest.fixture(scope='module')
 def pasted() -> Callable[..., np.ndarray]:
     """Masks in an image by MMDetection's own head."""
-    head = FCNMaskHead(num_convs=0, in_channels=1, conv_out_channels=1, num_classes=1, class_agnostic=True)
+    with DefaultScope.overwrite_default_scope('mmdet'):  # another test may have left another one
+        head = FCNMaskHead(num_convs=0, in_channels=1, conv_out_channels=1, num_classes=1, class_agnostic=True)
 
     def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float) -> np.ndarray:
         meta = dict(ori_shape=size, scale_factor=(1.0, 1.0))
