@@ -110,8 +110,14 @@ def send(signum: int, seconds: float, process: int) -> None:
 
 def kill_within_write(folder: Path, seconds: float, patience: float, process: int) -> None:
     """Wait until a checkpoint is being written, then a moment more, and kill."""
-    given_up = time.monotonic() + patience
-    while time.monotonic() < given_up and not [*folder.glob(f'work/*{UNFINISHED}')]:
+
+    def unfinished() -> set[tuple[str, int]]:
+        with suppress(FileNotFoundError):  # finished between two looks
+            return {(path.name, path.stat().st_ino) for path in folder.glob(f'work/*{UNFINISHED}')}
+        return set()
+
+    left, given_up = unfinished(), time.monotonic() + patience  # what a killed run has left is none of this one's
+    while time.monotonic() < given_up and not unfinished() - left:
         time.sleep(0.0005)
     send(signal.SIGKILL, seconds, process)
 
