@@ -197,7 +197,7 @@ def _single_convolution(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | No
         return None
     if torch.is_autocast_enabled('cpu') or not x.is_contiguous(memory_format=torch.channels_last):
         return None
-    if not fuses_into_convolutions():
+    if not (torch.backends.mkldnn.enabled and fuses_into_convolutions()):
         return None
     if isinstance(conv, ReparamBlock) and conv.runs_folded():
         weight, bias = conv.kernel()

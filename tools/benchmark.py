@@ -124,8 +124,10 @@ def benchmark_backbone(args: argparse.Namespace, device: torch.device) -> dict[s
 def benchmark_train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """A step of each variant with frozen statistics, forward and backward, plain against folded."""
     rows: list[dict[str, Any]] = []
-    precision = 'both precisions' if args.traffic else 'mixed precision' if args.amp else 'float32'
-    conditions = f'forward and backward, {args.size[0]}x{args.size[1]}, {precision} on {device}'
+    precision = 'mixed precision' if args.amp else 'float32'
+    conditions = f'forward and backward, {args.size[0]}x{args.size[1]}'
+    if not args.traffic:
+        conditions += f', {precision} on {device}'
     for name in choose(args.archs):
         network = build(name, device, norm_eval=True).train()
         for batch in args.batch:
@@ -133,7 +135,8 @@ def benchmark_train(args: argparse.Namespace, device: torch.device) -> dict[str,
                 new = measure_traffic(name, network, batch, args.size)
             else:
                 new = measure_steps(name, network, batch, args.size, args.rounds, args.amp, args.channels_last)
-            show(f'{name}, {conditions}', new)
+            for title in dict.fromkeys(row['name'] for row in new):
+                show(f'{title}, {conditions}', [row for row in new if row['name'] == title])
             rows += new
     draw_bars(args.out_dir / 'train.png', conditions, rows)
     return {'rows': rows}
