@@ -300,13 +300,27 @@ def test_changed_set_up_is_done_anew(environment, finished, checkout, name):
     assert environment.is_usable()
 
 
-@pytest.mark.parametrize('lost', ['bin/python', 'bin/pip', ''])
+@pytest.mark.parametrize('lost', ['bin/python', 'bin/pip', 'pyvenv.cfg', ''])
 def test_environment_without_python_or_pip_is_not_built_upon(environment, finished, lost):
     if lost:
         (environment.folder / lost).unlink()
     else:
         shutil.rmtree(environment.folder)
     assert not environment.is_ready()
+    assert not environment.is_usable()
+
+
+def test_environment_that_was_cleared_in_part_is_not_built_upon(setup_env, environment, finished, monkeypatch):
+    """Its Python would install into the one that it was made with."""
+
+    def clear(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(setup_env, 'run', clear)
+    monkeypatch.setattr(setup_env.shutil, 'disk_usage', lambda path: SimpleNamespace(free=1e12))
+    assert environment.is_usable()
+    with pytest.raises(KeyboardInterrupt):
+        environment.make()
     assert not environment.is_usable()
 
 

@@ -117,7 +117,7 @@ class Environment:
         self.root, self.requirements = root, root / 'requirements' / f'{stack}.txt'
         self.folder = root / ('.venv' if stack == 'openmmlab' else f'.venv-{stack}')
         self.python, self.log = self.folder / 'bin' / 'python', self.folder / 'setup.log'
-        self.stamp = self.folder / 'repvit_mm.stamp'
+        self.stamp, self.configuration = self.folder / 'repvit_mm.stamp', self.folder / 'pyvenv.cfg'
         self.build_requirements = root / 'requirements' / 'common' / 'build.txt'
         self.pins = dict(re.findall(r'^([\w-]+)==([^\s;]+)', read_requirements(self.requirements), re.M))
         # A fork gives it another name. mmcv-lite has no operators to build.
@@ -136,7 +136,9 @@ class Environment:
         """Whether there is something to build upon: a supported Python, with scripts that were made for this place."""
         pip = self.folder / 'bin' / 'pip'
         supported = any((self.folder / 'lib' / f'python{version}').is_dir() for version in PYTHONS)
-        return self.python.exists() and supported and pip.is_file() and str(self.folder) in pip.read_text()
+        # Without its configuration the environment's Python is the one that it was made with, and installs there.
+        there = all(path.is_file() for path in (self.configuration, self.python, pip))
+        return there and supported and str(self.folder) in pip.read_text()
 
     def is_ready(self) -> bool:
         """Whether this very program finished the environment, and it holds all that it held then."""
@@ -155,6 +157,8 @@ class Environment:
         free = shutil.disk_usage(str(self.root)).free / 1e9
         need(free >= 8, f'{self.root} has {free:.1f} GB of free disk, the environment needs 8: make room there.')
         say(f'creating {self.folder} with Python {version}')
+        if self.configuration.exists():
+            self.configuration.unlink()  # first: what is cleared in part is not usable
         run(f'creating {self.folder} failed', this, '-m', 'venv', '--clear', self.folder)
 
     def ask(self, program: str) -> str:
