@@ -39,7 +39,8 @@ def test_every_launcher_says_what_it_does():
 def test_arguments_status_and_name_are_the_launcher_s(tmp_path):
     done = run(tmp_path, 'plot-log', 'absent', '--out', 'x.png')
     assert done.returncode == 1
-    assert done.stderr.startswith('absent holds no log') and done.stderr.count('\n') == 1
+    lines = [line for line in done.stderr.splitlines() if 'pkg_resources' not in line]  # MMEngine 0.8 warns of it
+    assert lines[-1].startswith('absent holds no log') and 'Traceback' not in done.stderr
     done = run(tmp_path, 'plot-log', '--help')
     assert done.returncode == 0 and done.stdout.startswith('usage: repvit-mm plot-log ')
     done = run(tmp_path, 'plot-log')

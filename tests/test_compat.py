@@ -110,6 +110,7 @@ def test_transforms_are_seen():
     assert not is_transforming()
 
 
+@pytest.mark.needs_ops
 def test_package_offers_its_own_configs():
     assert MODULE2PACKAGE['repvit_mm'] == 'repvit_mm.repvit'
     assert Config.fromfile(Path(repvit_mm.__file__).parents[1] / 'configs/seg/fpn_repvit_m0_6_shapes.py').model

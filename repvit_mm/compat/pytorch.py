@@ -3,7 +3,7 @@
 import pickle
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -264,8 +264,10 @@ def scan(*args: Any) -> Any:
 def any_row_count(enabled: bool) -> AbstractContextManager:
     """Within the context ``torch.export`` does not take a size of 1 for a special case.
 
-    Otherwise a program that was traced with maps of several rows would refuse those of a single one.
+    Otherwise a program that was traced with maps of several rows would refuse those of a single one. Torch 2.6 has no
+    such setting.
     """
     from torch.fx.experimental import _config
 
-    return _config.patch(backed_size_oblivious=enabled)
+    known = hasattr(_config, 'backed_size_oblivious')
+    return _config.patch(backed_size_oblivious=enabled) if known else nullcontext()
