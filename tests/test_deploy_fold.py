@@ -190,6 +190,7 @@ def test_dtype_and_memory_format_stay(dtype):
     assert report.difference < tolerance
 
 
+@pytest.mark.needs_ops
 @pytest.mark.parametrize('name', ['retinanet', 'atss', 'rtmdet', 'semantic_fpn'])
 def test_whole_models(name, log):
     model = small_model(name)
