@@ -54,7 +54,7 @@ class Recipe(NamedTuple):
 
 
 class _TwiceUsed:
-    """A function whose result is kept from one call to the next, and not to the one after that."""
+    """A function that is computed at every other call: a second call returns what the first one computed."""
 
     def __init__(self, function: Function) -> None:
         self.function = function
@@ -80,7 +80,7 @@ _RECIPES: MutableMapping[Tensor, _Left] = WeakTensorKeyDictionary()
 
 
 def recipe_of(x: Tensor) -> Recipe | None:
-    """The recipe that was left with a map, unless the map has been changed since; none where nothing runs eagerly."""
+    """The recipe of a map; ``None`` if it has none, was changed since, or if operations do not run eagerly."""
     left = _RECIPES.get(x) if runs_eagerly() else None
     return left.recipe if left is not None and left.version == version(x) else None
 
@@ -153,7 +153,7 @@ def convolve(
     groups: int,
     recomputes: bool = True,
 ) -> Tensor:
-    """A convolution that keeps the recipe of its input, where there is one, and if it is grouped leaves its own.
+    """A convolution that saves the recipe of its input, if it has one. A grouped one leaves a recipe with its output.
 
     Under autocast its bias is added in float32, and kernels are rounded by :func:`rounded`: what is off by the same
     amount at every place adds up in gradients.

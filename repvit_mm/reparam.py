@@ -137,8 +137,8 @@ class KeptKernel:
         self.copies = [tensor.clone() for tensor in tensors]
         self.epsilons = epsilons
 
-    def is_of(self, tensors: list[Tensor], epsilons: list[float]) -> bool:
-        """Whether the kernel is that of these tensors: every element is compared."""
+    def matches(self, tensors: list[Tensor], epsilons: list[float]) -> bool:
+        """Whether the kernel was computed from these very values: every element is compared."""
         return (
             epsilons == self.epsilons
             and len(tensors) == len(self.copies)
@@ -218,7 +218,7 @@ class ReparamBlock(nn.Module, ABC):
             return self.equivalent_kernel()
         epsilons = [module.eps for module in tree_of(self) if isinstance(module, BatchNorm)]
         kept = self._kept
-        if kept is None or not kept.is_of(tensors, epsilons):
+        if kept is None or not kept.matches(tensors, epsilons):
             # What inference mode makes could not be used outside it.
             with torch.inference_mode(False), torch.no_grad():
                 kept = self._kept = KeptKernel(self.equivalent_kernel(), tensors, epsilons)

@@ -231,6 +231,6 @@ def mask_problem(segmentation: Any, size: tuple[int, int]) -> str | None:
         return NO_MASK
     if isinstance(segmentation, Mapping):
         counts = segmentation.get('counts')
-        whole = not isinstance(counts, list) or sum(counts) == size[0] * size[1]
-        return None if whole and tuple(segmentation.get('size', ())) == size[::-1] else WRONG_SIZE
+        fills_image = not isinstance(counts, list) or sum(counts) == size[0] * size[1]
+        return None if fills_image and tuple(segmentation.get('size', ())) == size[::-1] else WRONG_SIZE
     return None if any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation) else FEW_POINTS

@@ -47,14 +47,14 @@ def draw_variants(path: Path, title: str, rows: Sequence[Mapping[str, Any]], top
     sides = [(min, (-6, 3), 'right')] + [(max, (6, -9), 'left')] * (len(families) - 1)
     for axis, (label, values) in zip(axes, panels, strict=True):
         for family, (extreme, offset, side), marker in zip(families, sides, MARKERS, strict=False):
-            own = [row for row in rows if row['name'].startswith(f'{family}:') and row['name'] in values]
+            of_family = [row for row in rows if row['name'].startswith(f'{family}:') and row['name'] in values]
             for route, style in styles.items():
-                line = sorted((values[row['name']], row['ms']) for row in own if row['route'] == route)
+                line = sorted((values[row['name']], row['ms']) for row in of_family if row['route'] == route)
                 if line:
                     heights, latencies = zip(*line, strict=True)
                     axis.plot(latencies, heights, marker=marker, markersize=4, **style)
-            for name in dict.fromkeys(row['name'] for row in own):
-                place = extreme(row['ms'] for row in own if row['name'] == name), values[name]
+            for name in dict.fromkeys(row['name'] for row in of_family):
+                place = extreme(row['ms'] for row in of_family if row['name'] == name), values[name]
                 axis.annotate(name.partition(':')[2], place, offset, textcoords='offset points', ha=side)
         axis.set(xlabel='median latency, ms', ylabel=label, xscale='log')
         for of_ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
@@ -91,17 +91,17 @@ def draw_bars(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None
         label, unit = PANELS[field]
         first = {(row['name'], row['batch']): row[field] for row in reversed(rows)}
         for index, route in enumerate(routes):
-            own = [row for row in rows if row['route'] == route]
-            values = [row[field] / unit for row in own]
+            of_route = [row for row in rows if row['route'] == route]
+            values = [row[field] / unit for row in of_route]
             places = [
-                groups.index((row['name'], row['batch'])) + (index - (len(routes) - 1) / 2) * pitch for row in own
+                groups.index((row['name'], row['batch'])) + (index - (len(routes) - 1) / 2) * pitch for row in of_route
             ]
             errors = None
             if field == 'ms':
-                errors = [[abs(row['ms'] - row['quartiles_ms'][side]) for row in own] for side in (0, 1)]
+                errors = [[abs(row['ms'] - row['quartiles_ms'][side]) for row in of_route] for side in (0, 1)]
             bars = axis.bar(places, values, 0.9 * pitch, yerr=errors, capsize=3, label=route)
             if index:
-                ratios = [f'x{row[field] / first[row["name"], row["batch"]]:.2f}' for row in own]
+                ratios = [f'x{row[field] / first[row["name"], row["batch"]]:.2f}' for row in of_route]
                 axis.bar_label(bars, ratios, padding=3)
         axis.set(ylabel=label)
         axis.set_xticks(range(len(groups)), [f'{name}, batch {batch}'.replace(' ', '\n', 1) for name, batch in groups])

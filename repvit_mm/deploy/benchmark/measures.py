@@ -71,13 +71,13 @@ def saved_bytes(run: Run, network: nn.Module) -> int:
     Views of one tensor count once, with the memory that they keep; the network's parameters and buffers, which are
     there anyway, do not count. The input does.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+    in_network = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
     # Kept until the end: memory that was given back could be another tensor's.
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in in_network:
             storages[storage.data_ptr()] = storage
         return tensor
 

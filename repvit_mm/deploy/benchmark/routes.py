@@ -72,8 +72,8 @@ class Route:
     tolerance: float | None = None
 
 
-def of(network: nn.Module, images: Tensor) -> Route:
-    """A network on its input."""
+def run_network(network: nn.Module, images: Tensor) -> Route:
+    """The route that runs a network on its input, and does nothing else."""
     return Route(lambda: network(images), network)
 
 
@@ -106,7 +106,7 @@ def plain(source: Source, stack: ExitStack) -> Route:
 
 def folded(source: Source, stack: ExitStack) -> Route:
     """Unfused, evaluated with folded kernels."""
-    return of(copy.deepcopy(source.network).to(source.images.dtype), source.images)
+    return run_network(copy.deepcopy(source.network).to(source.images.dtype), source.images)
 
 
 def fused_plain(source: Source, stack: ExitStack) -> Route:
@@ -116,7 +116,7 @@ def fused_plain(source: Source, stack: ExitStack) -> Route:
 
 def fused(source: Source, stack: ExitStack) -> Route:
     """Fused, as the package deploys it."""
-    return of(fused_copy(source), source.images)
+    return run_network(fused_copy(source), source.images)
 
 
 def fused_bf16(source: Source, stack: ExitStack) -> Route:
@@ -148,7 +148,7 @@ def channels_last(source: Source, stack: ExitStack) -> Route:
     if source.images.device.type == 'cpu':
         raise LeftOut('on a CPU the deployed network runs so anyway')
     network = fused_copy(source).to(memory_format=torch.channels_last)
-    return of(network, source.images.contiguous(memory_format=torch.channels_last))
+    return run_network(network, source.images.contiguous(memory_format=torch.channels_last))
 
 
 def compiled(source: Source, stack: ExitStack) -> Route:
