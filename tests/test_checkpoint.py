@@ -266,6 +266,20 @@ def reach_for_more(function, *arguments):
     return torch._tensor._rebuild_from_type_v2, (function, torch.Tensor, arguments, {})
 
 
+RECONSTRUCT, SCALAR = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
+
+ARRAYS = [
+    np.arange(6.0).reshape(2, 3).T,
+    np.array([True, False]),
+    np.array(['x', 'yz']),
+    np.array([b'abc']),
+    np.array([1, 2], '>i4'),
+    np.array([1 + 2j], np.complex64),
+    np.float16([[0.5]]),
+]
+"""Of every kind of number and text."""
+
+
 class TestReading:
     """A checkpoint file is data: reading it runs nothing."""
 
@@ -306,6 +320,44 @@ class TestReading:
             none=b'',
         )
         assert type(read['counts']) is dict and type(read['cfg']) is type(read['cfg']['model']) is dict
+
+    @pytest.mark.parametrize('array', ARRAYS, ids=lambda array: f'{array.dtype}{array.shape}')
+    def test_arrays_survive(self, tmp_path, array):
+        """And are written again as NumPy's own."""
+        torch.save({'a': array, 'b': array.ravel()[:1][0]}, tmp_path / 'a.pth')
+        for _ in range(2):
+            read = read_checkpoint(tmp_path / 'a.pth')
+            # NumPy turns bytes into the machine's order.
+            np.testing.assert_array_equal(read['a'], array.astype(array.dtype.newbyteorder('=')), strict=True)
+            assert read['b'] == array.ravel()[0] and type(read['b']) is type(array.ravel()[0])
+            torch.save(read, tmp_path / 'a.pth')
+        assert type(torch.load(tmp_path / 'a.pth', weights_only=False)['a']) is np.ndarray
+
+    @pytest.mark.parametrize(
+        ('reduced', 'message'),
+        [
+            # NumPy itself crashes on this one.
+            ((np.dtype, ('f8', False, True), (3, '<', None, -1, -1, 0)), None),
+            ((np.dtype, ('f8', False, True), (3, 'x', None, None, None, -1, -1, 0)), 'byte order'),
+            ((np.dtype, ('O8', False, True)), "arrays of type 'O8'"),
+            ((RECONSTRUCT, (np.ndarray, (0,), b'b'), (1, (3,), np.dtype('f8'), False, bytes(8))), 'has 8 bytes'),
+            ((RECONSTRUCT, (np.ndarray, (0,), b'b'), (1, (-1,), np.dtype('f8'), False, bytes(8))), 'something else'),
+            ((RECONSTRUCT, (np.ndarray, (0,), b'b'), (1, (1,), np.dtype('f8'), False, [1.0])), 'something else'),
+            ((SCALAR, (np.dtype('f8'), bytes(4))), 'something else'),
+        ],
+        ids=['state', 'order', 'objects', 'too short', 'negative', 'list', 'scalar'],
+    )
+    def test_damaged_arrays_are_refused(self, tmp_path, reduced, message):
+        class Payload:
+            def __reduce__(self):
+                return reduced
+
+        torch.save({'a': Payload()}, tmp_path / 'a.pth')
+        if message is None:
+            assert read_checkpoint(tmp_path / 'a.pth')['a'].dtype == np.float64
+        else:
+            with pytest.raises(CheckpointError, match=f'is damaged or no checkpoint .*{message}'):
+                read_checkpoint(tmp_path / 'a.pth')
 
     @pytest.mark.parametrize('reduced', [(bytes, (10**12,)), (int, ('1',)), (list, (b'abc',))], ids=str)
     def test_builtin_types_are_not_called(self, tmp_path, reduced):
