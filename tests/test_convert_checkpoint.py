@@ -415,7 +415,9 @@ def test_wrong_use_gets_one_line(arguments, message):
 @pytest.mark.slow
 def test_as_a_program(tmp_path, smallest):
     done = run(smallest, tmp_path / 'a.pth', '--to', 'timm', '--fuse')
-    assert done.returncode == 0 and 'Warning' not in done.stderr
+    # MMEngine 0.8 warns as it is imported.
+    said = [line for line in done.stderr.splitlines() if 'pkg_resources' not in line]
+    assert done.returncode == 0 and not any('Warning' in line for line in said)
     assert done.stdout.splitlines()[0].startswith(f'{smallest}: RepViT m0_6, training form')
     done = launch(tmp_path, 'convert_checkpoint.py', tmp_path / 'a.pth', '--check')
     assert done.returncode == 0 and "fused form, timm's names" in done.stdout

@@ -20,6 +20,8 @@ from repvit_mm.deploy.prediction import LabelMap
 from repvit_mm.deploy.results import coco_annotations
 from repvit_mm.deploy.torch_predictor import ModelPredictor
 
+pytestmark = pytest.mark.needs_ops
+
 MODELS = ('retinanet', 'rtmdet', 'mask_rcnn', 'semantic_fpn')
 SURE = 0.05
 
