@@ -157,7 +157,7 @@ def latencies() -> Iterator[str]:
         f'Milliseconds for one image of {settings["size"][0]}x{settings["size"][1]} pixels by each '
         f'[route](performance.md#how-it-is-measured): medians of {settings["rounds"]} rounds on '
         f'{machine["processor"]}, {machine["threads"]} threads, torch {machine["versions"]["torch"]}. '
-        'That machine is now and then slower by a third for a while, RepViT m1_1 for one: compare within a row.\n\n'
+        'That machine is now and then slower by a third for a while: compare within a row.\n\n'
         f'```console\n{command}\n```\n\n'
     )
     yield table(
