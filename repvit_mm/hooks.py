@@ -1,6 +1,7 @@
 """Hooks for MMEngine's Runner."""
 
 import logging
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,9 @@ class TestOnlyHook(Hook):
         else:
             self._change(runner)
 
+    @abstractmethod
     def _change(self, runner: Runner) -> None:
-        raise NotImplementedError
+        """What the hook does to the runner's model."""
 
 
 @HOOKS.register_module()

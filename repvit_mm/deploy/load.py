@@ -1,7 +1,6 @@
 """Loads the model that is exported from a config and a checkpoint, and makes the description of its file."""
 
 import copy
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import nn
 
 from .._versions import DISTRIBUTIONS
 from ..checkpoint import cached, tensors_of
+from ..fingerprint import digest_of
 from ..loading import FAMILIES, check_outside_backbones
 from ..messages import one_line
 from ..reparam import reparam_blocks, switch_to_deploy
@@ -159,7 +159,7 @@ def describe(cfg: Config, checkpoint: str | Path | Checkpoint | None, graph: Gra
     )
     if checkpoint is not None:
         path = checkpoint.path
-        known |= {'checkpoint': path.name, 'sha256': hashlib.sha256(path.read_bytes()).hexdigest()}
+        known |= {'checkpoint': path.name, 'sha256': digest_of(path)}
     return FileInfo(**known | fields)
 
 
