@@ -17,8 +17,11 @@ custom_imports = dict(imports=['repvit_mm'])
 norm_cfg = dict(type='BN')
 model = dict(
     backbone={backbone},
-    neck=dict(in_channels={channels}, out_channels=16, norm_cfg=norm_cfg),
-    bbox_head=dict(num_classes=5, in_channels=16, feat_channels=16, stacked_convs=1, norm_cfg=norm_cfg),
+    neck=dict(in_channels={channels}, out_channels=16, num_outs=3, norm_cfg=norm_cfg),
+    bbox_head=dict(
+        num_classes=5, in_channels=16, feat_channels=16, stacked_convs=1, norm_cfg=norm_cfg,
+        anchor_generator=dict(strides=[8, 16, 32]),
+    ),
     test_cfg=dict(max_per_img=20, nms_pre=100),
 )
 """

@@ -881,14 +881,23 @@ class TestTorch:
         other = torch.randn(1, 3, 96, 64)
         assert largest_error(traced(other), network(other)) < 1e-6
 
-    @pytest.mark.slow
-    @pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a compiler')
-    def test_compile(self, build, x):
-        network = build(norm_eval=True, out_indices=(0, 1)).train()
-        expected = gradients(network, x)
-        network.compile(fullgraph=True)
+    def check_compiled(self, network: ReparamBackbone, x: Tensor, backend: str) -> None:
+        """The gradients of the whole network as one graph."""
+        expected = gradients(network.train(), x)
+        network.compile(fullgraph=True, backend=backend)
         actual = gradients(network, x)
         assert max(relative_error(actual[name], gradient) for name, gradient in expected.items()) < 1e-4
+
+    @pytest.mark.slow
+    def test_compile(self, build, x):
+        self.check_compiled(build(norm_eval=True, out_indices=(0, 1)), x, 'aot_eager')
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a compiler')
+    def test_compile_to_machine_code(self, x):
+        """Of one network: a translation takes half a minute."""
+        cls, arch = SMALL['repvit_v1']
+        self.check_compiled(randomize(cls(arch, norm_eval=True, out_indices=(0,))), x, 'inductor')
 
 
 def test_public_names():
