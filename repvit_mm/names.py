@@ -25,7 +25,7 @@ class Naming:
     Args:
         marks: Convention -> pattern with which only its names begin; the first that matches decides.
         first: Pattern of the first module's name, in any convention.
-        heads: First part of the names of classification heads, the authors' and timm's.
+        head: Rows of the modules of a classification head; ours are those of :mod:`~repvit_mm.pretrain`.
         table: Takes all tensor names of a backbone, in any one convention, and returns the names of every module that
             holds tensors. A fused block is one such module if the others' code fuses it too.
         authors_container: Key of a classifier's tensors in the authors' files; ``None`` if they lie at the top.
@@ -34,10 +34,16 @@ class Naming:
 
     marks: Mapping[str, str]
     first: str
-    heads: tuple[str, ...]
+    head: tuple[Names, ...]
     table: Callable[[Collection[str]], list[Names]]
     authors_container: str | None
     authors_detection_tap: str = 'stage_end'
+
+    @property
+    def head_prefixes(self) -> tuple[str, ...]:
+        """What the names of a classification head's tensors begin with, the authors' and timm's."""
+        parts = (name.partition('.')[0] for row in self.head for name in (row.authors, row.timm))
+        return tuple(f'{part}.' for part in dict.fromkeys(parts))
 
     def origin_of(self, names: Iterable[str]) -> str | None:
         """The convention of a backbone's tensor names, a key of ``WHOSE``; ``None`` if they are of another family."""
@@ -63,7 +69,24 @@ class Naming:
         if origin is None:
             return {name: name for name in names}
         table = {getattr(row, origin): getattr(row, to) for row in self.table(names)}
-        return {name: None if name.startswith(self.heads) else rename(name, table) for name in names}
+        heads = self.head_prefixes
+        return {name: None if name.startswith(heads) else rename(name, table) for name in names}
+
+    def head_names(self, names: Iterable[str]) -> dict[str, str] | None:
+        """Translate the names of a classification head's tensors into ours.
+
+        Args:
+            names: All tensor names of one classifier.
+
+        Returns:
+            Each name of the head -> ours; ``None`` if the names are not the authors' or timm's.
+        """
+        names = list(names)
+        origin = self.origin_of(names)
+        if origin in (None, 'ours'):
+            return None
+        table = {getattr(row, origin): row.ours for row in self.head}
+        return {name: rename(name, table) for name in names if name.startswith(self.head_prefixes)}
 
     def shared_blocks(self, names: Iterable[str], blocks: Iterable[str]) -> list[str]:
         """Which of our blocks the authors' and timm's code can hold fused; ``names`` are all names of the backbone."""
@@ -119,6 +142,12 @@ REPVIT_DOWNSAMPLE = (
     *conv_bn('channel_mixer.expand', 'channel_mixer.m.0', 'ffn.conv1'),
     *conv_bn('channel_mixer.project', 'channel_mixer.m.2', 'ffn.conv2'),
 )
+REPVIT_HEAD = (
+    Names('classifier.labels.norm', 'classifier.classifier.bn', 'head.head.bn'),
+    Names('classifier.labels.linear', 'classifier.classifier.l', 'head.head.l'),
+    Names('classifier.teacher.norm', 'classifier.classifier_dist.bn', 'head.head_dist.bn'),
+    Names('classifier.teacher.linear', 'classifier.classifier_dist.l', 'head.head_dist.l'),
+)
 
 
 def repvit_stage_lengths(names: Iterable[str]) -> list[int]:
@@ -170,7 +199,7 @@ REPVIT_NAMES = Naming(
         'ours': r'stages\.\d+\.\d+\.',
     },
     first=r'features\.0\.0|stem\.conv1',
-    heads=('classifier.', 'head.'),
+    head=REPVIT_HEAD,
     table=repvit_table,
     authors_container='model',
     authors_detection_tap='pre_downsample',
@@ -220,6 +249,12 @@ FASTVIT_ATTENTION_BLOCK = (
     *FASTVIT_FFN,
     Names('channel_mixer.project.layer_scale', 'layer_scale_2', 'layer_scale_2.gamma'),
 )
+FASTVIT_HEAD = (
+    *mobile_one('expand.conv', 'conv_exp', 'final_conv'),
+    Names('expand.se.fc1', 'conv_exp.se.reduce', 'final_conv.se.fc1'),
+    Names('expand.se.fc2', 'conv_exp.se.expand', 'final_conv.se.fc2'),
+    Names('classifier', 'head', 'head.fc'),
+)
 
 
 FASTVIT_ATTENTION = r'network\.(6\.pe|6\.reparam_conv|7)\.|stages\.3\.(pos_emb|0\.position)\.'
@@ -265,7 +300,7 @@ FASTVIT_NAMES = Naming(
         'ours': r'stages\.\d+\.\d+\.',
     },
     first=r'patch_embed\.0|stem\.0|stem\.conv1',
-    heads=('conv_exp.', 'final_conv.', 'head.'),
+    head=FASTVIT_HEAD,
     table=fastvit_table,
     authors_container='state_dict',
 )
@@ -309,7 +344,7 @@ MOBILEONE_NAMES = Naming(
         'ours': r'(stem|stages\.\d+\.\d+\.(depthwise|pointwise))\.(conv|se)\.',
     },
     first=r'stage0\.(?:rbr_conv|rbr_scale|reparam_conv)|stem\.(?:conv|conv_kxk|conv_scale|reparam_conv)',
-    heads=('linear.', 'head.'),
+    head=(Names('classifier', 'linear', 'head.fc'),),
     table=mobileone_table,
     authors_container=None,
 )

@@ -1,13 +1,14 @@
 """What several test files share. A further family joins the whole suite by its rows in the tables here."""
 
-import importlib
+import importlib.util
 import json
 import runpy
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from types import ModuleType
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -20,7 +21,6 @@ from repvit_mm import FastViT, MobileOne, RepViT, switch_to_deploy
 from repvit_mm.backbone import ReparamBackbone
 from repvit_mm.fastvit import LargeKernelConv, PositionEncoding, RepMixer
 from repvit_mm.layers import ChannelLinear, ConvBN, LayerScale, MobileOneBlock, NormLinear, dilate
-from repvit_mm.messages import one_line
 from repvit_mm.reparam import reparam_blocks
 from repvit_mm.repvit import TokenMixer
 
@@ -140,12 +140,38 @@ FAMILIES = [
 ]
 
 
-def imported(name: str) -> ModuleType:
-    """A module, or the reason why the test is skipped."""
+UNUSED = {
+    'torchvision': ('ops', 'ops.boxes', 'transforms', 'transforms.functional', 'transforms.transforms'),
+    'xtcocotools': ('coco', 'cocoeval', 'mask'),
+}
+"""What MMPretrain and MMPose import and no test uses: torchvision has to be built for this very torch, xtcocotools for
+this NumPy."""
+
+
+def imported(*names: str) -> None:
+    """Import modules of one library, or skip the test if it is not installed.
+
+    Something takes the place of what is ``UNUSED`` and cannot be imported, for the time of the import.
+    """
+    library = names[0].partition('.')[0]
+    if not importlib.util.find_spec(library):
+        pytest.skip(f'{library} is not installed')
+    absent = []
+    for package, modules in UNUSED.items():
+        try:
+            importlib.import_module(package + '.' + modules[0])
+        except Exception:  # whatever a library raises that is built for another one
+            absent += [package, *(f'{package}.{module}' for module in modules)]
+    stand_ins = {name: MagicMock() for name in absent}
+    if 'torchvision' in stand_ins:
+        stand_ins['torchvision'].transforms.RandomResizedCrop = object  # MMPretrain derives a class from it
+    sys.modules.update(stand_ins)
     try:
-        return importlib.import_module(name)
-    except Exception as error:  # one of its own needs may be built for another torch, say
-        pytest.skip(f'{name} cannot be imported here: {one_line(error, 120)}')
+        for name in names:
+            importlib.import_module(name)
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
 
 
 def family_of(cls: type[ReparamBackbone]) -> Family:

@@ -3,29 +3,58 @@
 import importlib
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GOLDENS, imported
-from mmengine.registry import DATASETS, init_default_scope
+from helpers import FAMILIES, GOLDENS, imported
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 from PIL import Image
-from programs import launch
+from programs import TOOLS
 
-from repvit_mm import RepViT, imagenet
+from repvit_mm import FastViT, MobileOne, RepViT, imagenet
 from repvit_mm.checkpoint import CheckpointError
-from repvit_mm.deploy.load import build_model
 from repvit_mm.normalization import MEAN, STD
-from repvit_mm.specs import REPVIT_TOP1
+
+sys.path.append(str(TOOLS))
+reproduce = importlib.import_module('reproduce')
+
+
+BY_NAME = {row.name: row for row in imagenet.RELEASED}
 
 
 def test_released_classifiers():
-    """Every variant of the paper's second version at 300 epochs, with the figure that stands in the specs too."""
-    assert {row.arch: row.top1 for row in imagenet.RELEASED if row.epochs == 300} == {
-        arch: top1.distilled for arch, top1 in REPVIT_TOP1.items()
-    }
-    assert len({row.weights for row in imagenet.RELEASED}) == len(imagenet.RELEASED) == 11
+    """Every variant that has a figure; the configs' backbones start from some of these files."""
+    counts = {RepViT: 11, FastViT: 14, MobileOne: 5}
+    assert len(BY_NAME) == len(imagenet.RELEASED) == 30
+    assert len({row.weights for row in imagenet.RELEASED}) == len({row.file for row in imagenet.RELEASED}) == 30
+    for family in FAMILIES:
+        rows = [row for row in imagenet.RELEASED if row.backbone is family.cls]
+        assert len(rows) == counts[family.cls]
+        published = {(arch, figure) for arch, top1 in family.cls.top1.items() for figure in top1 if figure}
+        assert published <= {(row.arch, row.top1) for row in rows}
+        assert {row.arch for row in rows} == {arch for arch, _ in published}
+        assert {family.weights(arch) for arch, _ in published} <= {row.weights for row in rows}
+        assert all(urlsplit(row.weights).path.endswith(Path(row.file).name) for row in rows)
+
+
+def test_classifiers_of_one_file_name_are_kept_apart(tmp_path, monkeypatch):
+    """FastViT's distilled files have the names of the others."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    entries = reproduce.classifiers()
+    fetched = []
+    monkeypatch.setattr(reproduce, 'download', lambda address, folder: fetched.append((address, folder)))
+    for name in ('fastvit_t8', 'fastvit_t8_distilled'):
+        reproduce.fetch(entries[name], None)
+        with pytest.raises(CheckpointError, match=f'not found; it is at {entries[name].weights}') as error:
+            reproduce.fetch(entries[name], tmp_path)
+        assert str(tmp_path / entries[name].file) in str(error.value)
+    assert fetched == [
+        (entries['fastvit_t8'].weights, str(tmp_path / 'hub/checkpoints')),
+        (entries['fastvit_t8_distilled'].weights, str(tmp_path / 'hub/checkpoints/distilled')),
+    ]
 
 
 def test_data_that_is_not_there(tmp_path, monkeypatch):
@@ -38,7 +67,7 @@ def test_data_that_is_not_there(tmp_path, monkeypatch):
 
 @pytest.fixture
 def mmpretrain(scope_restored: None) -> None:
-    imported('mmpretrain')
+    imported('mmpretrain.datasets', 'mmpretrain.evaluation', 'mmpretrain.models')
 
 
 def write_images(data: Path) -> list[Path]:
@@ -54,13 +83,14 @@ def write_images(data: Path) -> list[Path]:
     return paths
 
 
-def as_the_authors(path: Path) -> torch.Tensor:
-    """An image as torchvision would resize and crop it, ``(1, 3, 224, 224)``, normalized. Resized by Pillow alone."""
+def as_the_authors(path: Path, size: int = 224, edge: int = 256, interpolation: str = 'bicubic') -> torch.Tensor:
+    """An image as torchvision would resize and crop it, ``(1, 3, size, size)``, normalized. Resized by Pillow alone."""
     picture = Image.open(path).convert('RGB')
-    scale = 256 / min(picture.size)
-    picture = picture.resize([int(scale * side + 1e-9) for side in picture.size], Image.Resampling.BICUBIC)
-    left, top = (round((side - 224) / 2) for side in picture.size)
-    pixels = np.asarray(picture.crop((left, top, left + 224, top + 224)), dtype=np.float32)
+    scale = edge / min(picture.size)
+    sides = [int(scale * side + 1e-9) for side in picture.size]
+    picture = picture.resize(sides, Image.Resampling[interpolation.upper()])
+    left, top = (round((side - size) / 2) for side in picture.size)
+    pixels = np.asarray(picture.crop((left, top, left + size, top + size)), dtype=np.float32)
     return torch.from_numpy((pixels - np.float32(MEAN)) / np.float32(STD)).permute(2, 0, 1)[None]
 
 
@@ -88,21 +118,30 @@ def released(tmp_path_factory) -> Path:
     return path
 
 
-def test_images_are_those_of_the_authors(mmpretrain, tmp_path):
+@pytest.mark.parametrize(
+    ('name', 'size', 'edge', 'interpolation'),
+    [
+        ('repvit_m0_6_distill_300e', 224, 256, 'bicubic'),
+        ('fastvit_t8', 256, 284, 'bicubic'),
+        ('fastvit_sa36_distilled', 256, 269, 'bicubic'),
+        ('mobileone_s0', 224, 256, 'bilinear'),
+    ],
+)
+def test_images_are_those_of_the_authors(mmpretrain, tmp_path, name, size, edge, interpolation):
     """To the last bit, with labels from a list."""
     paths = write_images(tmp_path)
     (tmp_path / 'meta').mkdir()
     (tmp_path / 'meta/val.txt').write_text(''.join(f'{path.name} {7 * n}\n' for n, path in enumerate(paths)))
-    importlib.import_module('repvit_mm.pretrain')
-    cfg = imagenet.test_config('m0_6', tmp_path, tmp_path / 'work')
+    cfg = imagenet.test_config(BY_NAME[name], tmp_path, tmp_path / 'work')
     init_default_scope('mmpretrain')
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
-    preprocessor = build_model(cfg).data_preprocessor
+    preprocessor = MODELS.build(dict(type='ClsDataPreprocessor', **cfg.model.data_preprocessor))
     for index, path in enumerate(paths):
         sample = dataset[index]
         assert sample['data_samples'].gt_label.tolist() == [7 * index]
         batch = preprocessor(dict(inputs=[sample['inputs']], data_samples=[sample['data_samples']]))
-        torch.testing.assert_close(batch['inputs'], as_the_authors(path), rtol=0, atol=1e-6)
+        expected = as_the_authors(path, size, edge, interpolation)
+        torch.testing.assert_close(batch['inputs'], expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize('lost', ['classifier.classifier.l.bias', 'classifier.classifier_dist.bn.running_mean'])
@@ -113,8 +152,10 @@ def test_file_without_a_part_of_a_classifier_is_refused(mmpretrain, released, tm
     tensors = torch.load(released)['model']
     del tensors[lost]
     torch.save({'model': tensors}, tmp_path / 'partial.pth')
-    with pytest.raises(CheckpointError, match=r'partial\.pth does not hold both classifiers: .*classifiers\.') as error:
-        imagenet.measure_top1('m0_6', tmp_path / 'partial.pth', tmp_path, tmp_path / 'work')
+    with pytest.raises(CheckpointError, match=r'partial\.pth does not fit RepViTHead .*: tensors missing: 1') as error:
+        imagenet.measure_top1(
+            BY_NAME['repvit_m0_6_distill_300e'], tmp_path / 'partial.pth', tmp_path, tmp_path / 'work'
+        )
     assert '\n' not in str(error.value)
 
 
@@ -123,12 +164,12 @@ def test_labels_that_cannot_be_read(mmpretrain, released, tmp_path):
     for name in 'abc':
         (tmp_path / 'val' / name).mkdir(parents=True)
     with pytest.raises(imagenet.ImageNetError, match=r'^the test on .* cannot run: .*1000') as error:
-        imagenet.measure_top1('m0_6', released, tmp_path, tmp_path / 'work')
+        imagenet.measure_top1(BY_NAME[released.stem], released, tmp_path, tmp_path / 'work')
     assert '\n' not in str(error.value)
 
 
 @pytest.mark.slow
-def test_from_end_to_end(mmpretrain, released, tmp_path):
+def test_from_end_to_end(mmpretrain, released, tmp_path, monkeypatch, capfd):
     """The labels are what the mean of both classifiers answers, but for one image of four: 75 percent are right."""
     tensors = torch.load(released)['model']
     data = tmp_path / 'data/imagenet'
@@ -142,11 +183,13 @@ def test_from_end_to_end(mmpretrain, released, tmp_path):
     (data / 'meta/val.txt').write_text(
         ''.join(f'{path.name} {label}\n' for path, label in zip(paths, labels, strict=True))
     )
-    done = launch(tmp_path, 'reproduce.py', released.stem, '--folder', released.parent, COLUMNS='200')
-    assert done.returncode == 1 and 'Traceback' not in done.stderr, done.stderr[-3000:]
-    assert done.stderr.splitlines()[-1] == f'{released.stem}: top-1 is 75.00, published 74.1'
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith('│'))
+    monkeypatch.setenv('COLUMNS', '200')
+    folders = ['--folder', str(released.parent), '--imagenet', str(data), '--work-dir', str(tmp_path / 'work')]
+    with pytest.raises(SystemExit, match=f'^{released.stem}: top-1 is 75.00, published 74.1$'):
+        reproduce.main([released.stem, *folders])
+    said = capfd.readouterr().out
+    (line,) = (line for line in said.splitlines() if line.startswith('│'))
     assert [cell.strip() for cell in line.strip('│').split('│')] == [
         released.stem, 'top-1', '74.1', '75.00', '+0.90', 'no',
     ]  # fmt: skip
-    assert 'FuseOnDeployHook: fused' in done.stdout
+    assert 'FuseOnDeployHook: fused' in said

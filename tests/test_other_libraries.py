@@ -1,15 +1,20 @@
 """MMPretrain's classifiers and MMPose's estimators with our backbones: where those libraries can be imported."""
 
 import copy
+import re
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import GOLDENS, Golden, image, imported, normalize, relative_error, settle
+from helpers import DATA, GOLDENS, Golden, image, imported, relative_error, settle
 from mmengine.config import Config
+from mmengine.model import initialize
+from mmengine.registry import MODELS
+from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 
 from repvit_mm import switch_to_deploy
+from repvit_mm.checkpoint import CheckpointError
 from repvit_mm.deploy.load import build_model
 from repvit_mm.reparam import plain_formulation
 
@@ -36,42 +41,42 @@ def check_fuses(model: nn.Module, x: Tensor) -> None:
             found = model(x, None, mode='tensor')
         return list(found) if isinstance(found, tuple | list) else [found]
 
-    settle(model.eval().backbone, x)
+    x = x.double()
+    settle(model.double().eval().backbone, x)
     with plain_formulation(model):
         expected = outputs()
     switch_to_deploy(model)
     assert model.backbone.deployed
-    assert max(map(relative_error, outputs(), expected)) < 1e-4
+    assert max(map(relative_error, outputs(), expected)) < 1e-9
     with torch.no_grad():
-        next(model.backbone.stem.parameters()).mul_(1.1)
-    assert max(map(relative_error, outputs(), expected)) > 1e-4
+        next(model.backbone.stem.parameters()).mul_(1.001)
+    assert max(map(relative_error, outputs(), expected)) > 1e-9
+    model.float()
 
 
-CLASSIFIERS = {
-    'repvit': """
+@pytest.fixture
+def mmpretrain() -> None:
+    imported('mmpretrain.datasets', 'mmpretrain.models')
+
+
+CLASSIFIER = """
+_base_ = 'mmpretrain::resnet/resnet50_8xb32_in1k.py'
 custom_imports = dict(imports=['repvit_mm', 'repvit_mm.pretrain'])
 model = dict(
-    backbone=dict(_delete_=True, type='RepViT', arch='m0_6', out_indices=(3,)),
-    head=dict(_delete_=True, type='RepViTHead', num_classes=10, in_channels=320, topk=(1, 5)),
+    backbone=dict(_delete_=True, type='mmengine.{0}', arch='{1}', out_indices=(3,)),
+    neck=None,
+    head=dict(_delete_=True, type='{0}Head', num_classes={3}, in_channels={2}, topk=(1, 5)),
 )
-""",
-    'fastvit': """
-custom_imports = dict(imports=['repvit_mm'])
-model = dict(
-    backbone=dict(_delete_=True, type='FastViT', arch='t8', out_indices=(3,)),
-    head=dict(num_classes=10, in_channels=384),
-)
-""",
-}
+"""
 
 
-@pytest.mark.parametrize('family', CLASSIFIERS)
-def test_mmpretrain_classifies(family):
-    imported('mmpretrain.models')
+@pytest.mark.parametrize(
+    ('family', 'arch', 'channels'), [('RepViT', 'm0_6', 320), ('FastViT', 't8', 384), ('MobileOne', 's0', 1024)]
+)
+def test_mmpretrain_classifies(mmpretrain, family, arch, channels):
     from mmpretrain.structures import DataSample
 
-    cfg = config("_base_ = 'mmpretrain::resnet/resnet50_8xb32_in1k.py'\n" + CLASSIFIERS[family])
-    model = build_model(cfg)
+    model = build_model(config(CLASSIFIER.format(family, arch, channels, 10)))
     samples = [DataSample().set_gt_label(label) for label in (1, 7)]
     images = [torch.randint(256, (3, 64, 64), dtype=torch.uint8) for _ in samples]
     batch = model.data_preprocessor(dict(inputs=images, data_samples=samples), training=True)
@@ -81,49 +86,78 @@ def test_mmpretrain_classifies(family):
     assert [prediction.pred_score.shape for prediction in predictions] == [(10,), (10,)]
 
 
-@pytest.mark.parametrize(
-    'golden', [golden for golden in GOLDENS if golden.name in ('repvit_m0_6', 'timm_repvit_m0_9')], ids=lambda g: g.name
-)
-def test_released_classifiers_load_whole_with_their_heads(golden: Golden, tmp_path, log):
-    """Against both classifiers written out, on the maps of the golden files."""
-    imported('mmpretrain.models')
-    tensors = golden.state_dict()
-    path = tmp_path / 'released.pth'
-    torch.save(tensors if golden.timm else {golden.family.container: tensors}, path)
-    weights = dict(type='Pretrained', checkpoint=str(path))
-    channels, tap = golden.family.cls.specs[golden.arch].channels[-1], next(iter(golden.taps))
-    cfg = config(
-        f"""
-default_scope = 'mmpretrain'
-custom_imports = dict(imports=['repvit_mm', 'repvit_mm.pretrain'])
-model = dict(
-    type='ImageClassifier',
-    backbone=dict(type='RepViT', arch='{golden.arch}', out_indices=(3,), tap='{tap}', init_cfg={weights}),
-    neck=dict(type='GlobalAveragePooling'),
-    head=dict(type='RepViTHead', num_classes=1000, in_channels={channels}, init_cfg={weights}),
-)
-"""
-    )
-    model = build_model(cfg)
-    model.backbone.init_cfg = weights
-    model.init_weights()
-    assert not [line for line in log if 'unexpected key' in line or 'missing key' in line]
+AUTHORS_HEADS = {
+    'repvit': {r'head\.head': 'classifier.classifier'},
+    'fastvit': {
+        r'final_conv\.conv_kxk': 'conv_exp.rbr_conv',
+        r'final_conv\.conv_scale': 'conv_exp.rbr_scale',
+        r'final_conv\.se\.fc1': 'conv_exp.se.reduce',
+        r'final_conv\.se\.fc2': 'conv_exp.se.expand',
+        r'head\.fc': 'head',
+    },
+    'mobileone': {r'head\.fc': 'linear'},
+}
+"""Family -> what timm's names of a classification head begin with -> the authors' names."""
 
-    pooled = golden.maps(tap)[-1].mean((2, 3)).double()
-    names = ('head.head', 'head.head_dist') if golden.timm else ('classifier.classifier', 'classifier.classifier_dist')
-    expected = 0
-    for name in names:
-        given = {key: tensors[f'{name}.{key}'].double() for key in ('bn.weight', 'bn.bias', 'l.weight', 'l.bias')}
-        norm = nn.BatchNorm1d(channels).double().eval()
-        norm.load_state_dict({k: tensors[f'{name}.bn.{k}'] for k in norm.state_dict()})
-        expected = expected + F.linear(normalize(pooled, norm), given['l.weight'], given['l.bias']) / 2
-    model.double().eval()
+
+def as_the_authors(golden: Golden) -> dict[str, Tensor]:
+    """timm's tensors under the authors' names."""
+    tensors = golden.state_dict()
+    names = golden.backbone.naming.translate(tensors, to='authors')
+    for name in (name for name in names if names[name] is None):
+        ((start, theirs),) = ((s, t) for s, t in AUTHORS_HEADS[golden.family.name].items() if re.match(s, name))
+        names[name] = re.sub(f'^{start}', theirs, name)
+    shapes = {names[name]: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert shapes == Golden(golden.family, golden.arch, {}).shapes
+    tensors = {names[name]: tensor for name, tensor in tensors.items()}
+    return tensors if golden.family.container is None else {golden.family.container: tensors}
+
+
+@pytest.mark.parametrize('name', ['timm_repvit_m0_9', 'timm_fastvit_t8', 'timm_mobileone_s0'])
+def test_released_files_load_whole_with_their_heads(mmpretrain, name, tmp_path, log):
+    """From either file the scores are timm's."""
+    (golden,) = (golden for golden in GOLDENS if golden.name == name)
+    family, channels = golden.backbone.__name__, golden.backbone.specs[golden.arch].channels[-1]
+    torch.save(golden.state_dict(), tmp_path / 'timm.pth')
+    torch.save(as_the_authors(golden), tmp_path / 'authors.pth')
     x = image().double()
-    with torch.no_grad():
-        assert relative_error(model(x), expected) < 1e-6
-        switch_to_deploy(model)
-        assert isinstance(model.head.classifiers, nn.Conv2d)
-        assert relative_error(model(x), expected) < 1e-6
+    with np.load(DATA / 'timm_scores.npz') as scores:
+        expected = torch.from_numpy(scores[name])
+    for file in tmp_path.iterdir():
+        model = build_model(config(CLASSIFIER.format(family, golden.arch, channels, 1000))).double().eval()
+        for part in (model.backbone, model.head):
+            initialize(part, dict(type='Pretrained', checkpoint=str(file)))  # as init_weights does
+        assert not [line for line in log if 'unexpected key' in line or 'missing key' in line]
+        with torch.no_grad():
+            assert relative_error(model(x), expected) < 1e-6
+            switch_to_deploy(model)
+            assert relative_error(model(x), expected) < 1e-6
+            assert not [name for name in model.state_dict() if 'running' in name]
+            model.head.classifier.weight.mul_(1.001)
+            assert relative_error(model(x), expected) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (dict(num_classes=10), r'of 10 classes: tensors of another shape: 2 \(classifier\.weight: .*1000'),
+        (dict(in_channels=512), r'of 1000 classes: tensors of another shape: .* \(classifier\.weight'),
+    ],
+)
+def test_file_of_another_classifier_is_refused(mmpretrain, options, words, tmp_path):
+    (golden,) = (golden for golden in GOLDENS if golden.name == 'timm_mobileone_s0')
+    torch.save(golden.state_dict(), tmp_path / 'released.pth')
+    head = MODELS.build(dict(type='MobileOneHead', **{'num_classes': 1000, 'in_channels': 1024, **options}))
+    before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r'released\.pth does not fit MobileOneHead ' + words):
+        load_checkpoint(head, str(tmp_path / 'released.pth'))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in head.state_dict().items())
+
+
+def test_pooled_features_are_refused(mmpretrain):
+    head = MODELS.build(dict(type='MobileOneHead', num_classes=10, in_channels=8))
+    with pytest.raises(ValueError, match=r'MobileOneHead pools .* set neck=None'):
+        head((torch.ones(2, 8),))
 
 
 POSES = {

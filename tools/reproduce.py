@@ -13,8 +13,8 @@ from _launch import TOOLS, ToolError, run_test, start
 from rich.console import Console
 from rich.table import Table
 
-from repvit_mm.checkpoint import CheckpointError, download
-from repvit_mm.imagenet import RELEASED, ImageNetError, check_needs, measure_top1
+from repvit_mm.checkpoint import CheckpointError, cached, download
+from repvit_mm.imagenet import RELEASED, Classifier, ImageNetError, check_needs, measure_top1
 from repvit_mm.messages import one_line
 
 METRICS = {'box AP': ('coco/bbox_mAP', 100), 'mask AP': ('coco/segm_mAP', 100), 'mIoU': ('mIoU', 1)}
@@ -32,14 +32,19 @@ class Entry:
         weights: Address of its checkpoint.
         published: Metric -> percentage.
         config: Path of its config; ``None`` for a classifier.
-        arch: The variant of a classifier.
+        classifier: The classifier, if it is one.
     """
 
     name: str
     weights: str
     published: dict[str, float]
     config: Path | None = None
-    arch: str = ''
+    classifier: Classifier | None = None
+
+    @property
+    def file(self) -> str:
+        """Where its checkpoint lies below a folder of checkpoints."""
+        return self.classifier.file if self.classifier else self.weights.rpartition('/')[2]
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -79,7 +84,7 @@ def read_index(path: Path) -> dict[str, Entry]:
 
 def classifiers() -> dict[str, Entry]:
     """The released classifiers, by name."""
-    return {model.name: Entry(model.name, model.weights, {'top-1': model.top1}, arch=model.arch) for model in RELEASED}
+    return {model.name: Entry(model.name, model.weights, {'top-1': model.top1}, classifier=model) for model in RELEASED}
 
 
 def choose(entries: dict[str, Entry], names: Sequence[str]) -> list[Entry]:
@@ -97,9 +102,9 @@ def fetch(entry: Entry, folder: Path | None) -> Path:
     Raises:
         CheckpointError: if it cannot be had.
     """
+    path = (folder or cached(entry.weights).parent) / entry.file
     if folder is None:
-        return download(entry.weights)
-    path = folder / entry.weights.rpartition('/')[2]
+        return download(entry.weights, str(path.parent))
     if not path.is_file():
         raise CheckpointError(f'checkpoint {path} not found; it is at {entry.weights}')
     return path
@@ -113,9 +118,9 @@ def test(entry: Entry, args: argparse.Namespace) -> dict[str, float]:
         ImageNetError, ToolError: if the test fails.
     """
     folder = args.work_dir / entry.name
-    if entry.config is None:
+    if entry.classifier:
         check_needs(args.imagenet)  # before anything is fetched
-        return {'top-1': measure_top1(entry.arch, fetch(entry, args.folder), args.imagenet, folder)}
+        return {'top-1': measure_top1(entry.classifier, fetch(entry, args.folder), args.imagenet, folder)}
     scalars = run_test(entry.config, fetch(entry, args.folder), folder, '--fuse')
     return {metric: factor * scalars[name] for metric, (name, factor) in METRICS.items() if name in scalars}
 
