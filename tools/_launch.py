@@ -34,7 +34,7 @@ try:
     from repvit_mm.deploy.metadata import TASKS
     from repvit_mm.deploy.runtimes import RuntimeFileError
     from repvit_mm.hooks import FusionError, NonFiniteError
-    from repvit_mm.messages import one_line, start  # noqa: F401
+    from repvit_mm.messages import Parser, one_line, start  # noqa: F401
     from repvit_mm.resume import Stopped
     from repvit_mm.samples import SampleError, name_samples
 except ImportError as error:

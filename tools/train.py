@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from _launch import (
+    Parser,
     add_common_arguments,
     build_runner,
     check_annotations,
@@ -29,7 +30,7 @@ from repvit_mm.resume import Stopped
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description='Train a detector or a segmentor.')
+    parser = Parser(description='Train a detector or a segmentor.')
     parser.add_argument('config', help='config file, e.g. configs/det/mask_rcnn_repvit_m1_1_fpn_1x_coco.py')
     parser.add_argument(
         '--resume',
