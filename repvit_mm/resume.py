@@ -24,6 +24,7 @@ from .compat.openmmlab import (
     SkippingEpochBasedTrainLoop,
     SkippingIterBasedTrainLoop,
     iterator_within,
+    save_to_resume_from,
 )
 from .compat.pytorch import draw_indices
 from .files import UNFINISHED, write_whole
@@ -235,6 +236,7 @@ class StopOnSignalHook(Hook):
         self.asked: int | None = None
         self.asked_at = 0.0
         self.saved_at: int | None = None
+        self.validating = False
         self.before: dict[int, Any] = {}
 
     def before_train(self, runner: Runner) -> None:
@@ -272,48 +274,58 @@ class StopOnSignalHook(Hook):
         return self.asked is not None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Remember of which iteration there is a checkpoint."""
-        self.saved_at = checkpoint['meta']['iter']
+        """Remember of which iteration there is a checkpoint; one that a validation saves is not for resuming."""
+        if not self.validating:
+            self.saved_at = checkpoint['meta']['iter']
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """Save and stop, if asked."""
         if self.is_asked(runner.iter):
             self.stop(runner, runner.iter + 1)
 
+    def before_val(self, runner: Runner) -> None:
+        """Note that a validation begins."""
+        self.validating = True
+
     def after_val_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """Stop if asked and if a checkpoint was saved before this validation; the weights may be averages by now."""
         if self.before and get_world_size() == 1 and self.asked is not None and self.saved_at == runner.iter:
-            self.end(runner, Path(runner.work_dir, 'last_checkpoint').read_text(), runner.iter)
+            self.stop(runner, runner.iter)
 
     def after_val(self, runner: Runner) -> None:
         """Save and stop, if asked."""
+        self.validating = False
         if self.before and self.is_asked(0):
             self.stop(runner, runner.iter)
 
     def stop(self, runner: Runner, iteration: int) -> None:
-        """Save, and end the run.
+        """Save, unless that was done already, and end the run.
 
         Args:
             runner: The runner.
             iteration: How many iterations it has done.
-        """
-        filename, meta = f'stopped_iter_{iteration}.pth', dict(epoch=runner.epoch, iter=iteration)
-        savers = [hook for hook in runner.hooks if isinstance(hook, ResumableCheckpointHook)]
-        if savers:
-            path = savers[0].save(runner, filename, meta)
-        else:
-            path = str(Path(runner.work_dir, filename))
-            runner.save_checkpoint(runner.work_dir, filename, meta=meta)
-            if is_main_process():
-                write_whole(Path(runner.work_dir, 'last_checkpoint'), path.encode())
-        self.end(runner, path, iteration)
-
-    def end(self, runner: Runner, path: str, iteration: int) -> None:
-        """End the run.
 
         Raises:
             Stopped: always.
         """
         self.after_train(runner)
-        name = signal.Signals(self.asked).name
-        raise Stopped(self.asked, f'{name}: stopped after iteration {iteration}; {path} is saved, --resume goes on')
+        if self.saved_at == iteration:
+            path = runner.message_hub.get_info('last_ckpt')
+        else:
+            path = self.save(runner, f'stopped_iter_{iteration}.pth', dict(epoch=runner.epoch, iter=iteration))
+        loop = runner.train_loop
+        by_iteration = isinstance(loop, IterBasedTrainLoop)
+        complete = iteration >= loop.max_iters if by_iteration else loop.epoch >= loop.max_epochs
+        raise Stopped(
+            self.asked,
+            f'{signal.Signals(self.asked).name}: stopped after iteration {iteration}; {path} is saved, '
+            + ('training is complete' if complete else '--resume goes on'),
+        )
+
+    def save(self, runner: Runner, filename: str, meta: dict) -> str:
+        """Save a checkpoint, by the run's own hook if that writes files whole; returns its path."""
+        for hook in runner.hooks:
+            if isinstance(hook, ResumableCheckpointHook):
+                return hook.save(runner, filename, meta)
+        whole = dict(backend='atomic_local')
+        return save_to_resume_from(runner, runner.work_dir, filename, meta=meta, backend_args=whole)
