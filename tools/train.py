@@ -79,7 +79,7 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             sys.exit("--auto-scale-lr: the config has no auto_scale_lr.base_batch_size, the recipe's total batch size")
         cfg.auto_scale_lr.enable = True
-    hooks = ['StopOnSignalHook'] if args.keep_going else ['StopOnSignalHook', 'FiniteLossHook']
+    hooks = ['StopOnSignalHook', 'NamedBatchHook', *([] if args.keep_going else ['FiniteLossHook'])]
     cfg.custom_hooks = [*cfg.get('custom_hooks', []), *(dict(type=hook) for hook in hooks)]
     if cfg.train_cfg.get('type') == 'EpochBasedTrainLoop' or cfg.train_cfg.get('by_epoch'):
         cfg.train_cfg.pop('by_epoch', None)

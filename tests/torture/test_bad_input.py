@@ -219,7 +219,9 @@ ROWS = {
         'train.py seg.py', ('label 199', 'is beyond the 7 classes', LABELS), before=image(LABELS, 'L', (64, 64))
     ),
     'label out of range that nobody looked for': Row(
-        f'train.py seg.py {SKIP}', ('Target 199 is out of bounds',), before=image(LABELS, 'L', (64, 64))
+        f'train.py seg.py {SKIP}',
+        (f'label 199 in {LABELS} of {SEEN} is no class, expected 0 to 6, or 255', 'Target 199 is out of bounds'),
+        before=image(LABELS, 'L', (64, 64)),
     ),
     'label map of colours': Row('train.py seg.py', ('hold colours', LABELS), before=image(LABELS, 'RGB', (64, 64))),
     'text for a label map': Row('train.py seg.py', (LABELS, 'cannot be read'), before=file(LABELS, b'no labels')),
