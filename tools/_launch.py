@@ -9,6 +9,7 @@ import subprocess
 import sys
 import traceback
 import warnings
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -167,7 +168,8 @@ def read_config(path: Path, options: dict[str, Any]) -> Config:
     try:
         cfg = Config.fromfile(path)
     except Exception as error:  # anything can go wrong in a file of code
-        sys.exit(f'config {path} cannot be read: {one_line(error)}')
+        hint = ' (save it as UTF-8 without a byte order mark)' if path.read_bytes().startswith(BOM_UTF8) else ''
+        sys.exit(f'config {path} cannot be read: {one_line(error)}{hint}')
     try:
         cfg.merge_from_dict(options)
     except Exception as error:

@@ -135,6 +135,14 @@ def add_backends(cfg: Config, names: Sequence[str]) -> None:
     visualizer.vis_backends = backends
 
 
+def check_length(cfg: Config) -> None:
+    """Exit with one line unless a run would train, and validate at some time if at all."""
+    for key in ('max_epochs', 'max_iters', 'val_interval'):
+        value = cfg.train_cfg.get(key, 1)
+        if not isinstance(value, int | float) or value < 1:
+            sys.exit(f'train_cfg.{key}={value!r}: expected a whole number, at least 1')
+
+
 def check_resumable(path: str) -> None:
     """Exit with one line unless a checkpoint is one that a run of MMEngine's Runner left."""
     found = read_checkpoint(path, map_location='cpu')
@@ -157,6 +165,7 @@ def main() -> None:
     cfg = load_config(args, 'train_cfg', 'train_dataloader', 'optim_wrapper')
     try:
         apply_options(cfg, args)
+        check_length(cfg)
         check_data(cfg, 'train', 'val')
         if not args.skip_data_check:
             check_annotations(cfg, args.config, 'train', 'val')

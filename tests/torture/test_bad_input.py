@@ -39,7 +39,7 @@ class Row:
     """What is done, and what is said.
 
     Args:
-        command: A launcher and its arguments.
+        command: A launcher and its arguments; ``%20`` is a space within one.
         says: What the last line on stderr has to hold; of a run that succeeds, all that it prints.
         status: Exit status.
         before: Prepares the folder, which is a copy of its own then.
@@ -131,6 +131,27 @@ ROWS = {
     'batch size of zero': Row('train.py det.py --cfg-options train_dataloader.batch_size=0', ('batch_size',)),
     'negative learning rate': Row(
         'train.py seg.py --cfg-options optimizer.lr=-1 optim_wrapper.optimizer.lr=-1', ('learning rate',)
+    ),
+    'no epochs': Row('train.py det.py --cfg-options train_cfg.max_epochs=0', ('train_cfg.max_epochs=0: expected',)),
+    'number of iterations in words': Row(
+        'train.py seg.py --cfg-options train_cfg.max_iters=many', ("train_cfg.max_iters='many': expected",)
+    ),
+    'validation after no iterations': Row(
+        'train.py seg.py --cfg-options train_cfg.val_interval=0', ('train_cfg.val_interval=0: expected',)
+    ),
+    'config with a byte order mark': Row(
+        'train.py bom.py',
+        ('config bom.py cannot be read', 'without a byte order mark'),
+        before=lambda folder: (folder / 'bom.py').write_text((folder / 'det.py').read_text(), encoding='utf-8-sig'),
+    ),
+    'config in a folder with spaces, of lines that end as on Windows': Row(
+        'train.py a%20b/c%20d.py --cfg-options train_cfg.max_iters=4',
+        ('Iter(train) [4/4]',),
+        status=0,
+        before=lambda folder: (
+            (folder / 'a b').mkdir(),
+            (folder / 'a b/c d.py').write_text((folder / 'seg.py').read_text(), newline='\r\n'),
+        ),
     ),
     'option without a value': Row(
         'train.py det.py --cfg-options model', ('--cfg-options model: expected KEY=VALUE',), status=2
@@ -338,7 +359,7 @@ def test_row(folder: Path, row: Row) -> None:
     if row.before:
         row.before(folder)
     before = contents(folder)
-    tool, *arguments = row.command.split()
+    tool, *arguments = (word.replace('%20', ' ') for word in row.command.split())
     if tool in ('train.py', 'test.py') and '--work-dir' not in arguments:
         arguments[1 if tool == 'train.py' else 2 : 0] = ['--work-dir', 'work']
     limited = row.limit and partial(resource.setrlimit, resource.RLIMIT_FSIZE, (row.limit, row.limit))
