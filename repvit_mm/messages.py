@@ -65,7 +65,8 @@ def start(main: Callable[[], None]) -> None:
     if not debug:
         logging.raiseExceptions = False  # a log on a full disk would print a traceback for each of its lines
         sys.unraisablehook = tell_ignored
-    os.register_at_fork(after_in_child=ignore_interrupts)  # else each worker of a data loader prints a traceback
+    if hasattr(os, 'register_at_fork'):  # else each worker of a data loader prints a traceback
+        os.register_at_fork(after_in_child=ignore_interrupts)
     try:
         main()
     except SystemExit as stop:

@@ -27,7 +27,7 @@ from .compat.openmmlab import (
     save_to_resume_from,
 )
 from .compat.pytorch import draw_indices
-from .files import UNFINISHED, write_whole
+from .files import UNFINISHED, Claim, write_whole
 from .fingerprint import changed, fingerprints
 
 
@@ -78,13 +78,18 @@ class AtomicLocalBackend(LocalBackend):
         write_whole(Path(filepath), obj)
 
 
+class FolderInUseError(RuntimeError):
+    """Two runs would overwrite each other's checkpoints; the message is one line that names the folder."""
+
+
 @HOOKS.register_module()
 class ResumableCheckpointHook(SavingBeforeRemovingHook):
     """MMEngine's ``CheckpointHook`` with the same options, safe against being killed at any moment.
 
     On the local disk a checkpoint is written under another name, flushed and renamed (not with the deprecated
     ``file_client_args``). Then ``last_checkpoint`` is written in the same way, and only then are outdated files
-    removed. Unfinished files of a killed run are removed when the next run in the folder begins.
+    removed. Unfinished files of a killed run are removed when the next run in the folder begins. A second run in the
+    folder of one that still trains is refused.
 
     A checkpoint's ``meta`` holds a fingerprint of the annotations. A resumed run says if they are others now.
 
@@ -95,6 +100,7 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
     :class:`ResumableEpochBasedTrainLoop` and :class:`ResumableIterBasedTrainLoop`.
     """
 
+    claim: Claim | None = None
     annotations: dict[str, str] | None = None
     loaded_annotations: dict[str, str] | None = None
     loaded_states: Sequence[dict[str, Any]] = ()
@@ -113,6 +119,7 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
         if isinstance(self.file_backend, LocalBackend):
             self.backend_args = dict(backend='atomic_local')
         if is_main_process():
+            self.claim_folder(runner)
             for folder in {runner.work_dir, self.out_dir}:
                 for unfinished in Path(folder).glob(f'*{UNFINISHED}'):
                     unfinished.unlink()
@@ -126,6 +133,25 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
         if runner.iter > 0:
             self.choose_state(runner)
         self.after_fast_forward(runner)
+
+    def claim_folder(self, runner: Runner) -> None:
+        """Make sure that no other run writes checkpoints into the work folder.
+
+        Raises:
+            FolderInUseError: if one does.
+        """
+        try:
+            self.claim = Claim(Path(runner.work_dir))
+        except BlockingIOError:
+            raise FolderInUseError(
+                f'another run writes into {runner.work_dir}: wait until it has ended, or take another work_dir'
+            ) from None
+
+    def after_train(self, runner: Runner) -> None:
+        """Let go of the work folder."""
+        super().after_train(runner)
+        if self.claim:
+            self.claim.close()
 
     def check_annotations(self, runner: Runner) -> None:
         """Remember what the annotations are, and say if a resumed run has begun with others."""

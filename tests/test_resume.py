@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from repvit_mm.checkpoint import read_checkpoint
 from repvit_mm.compat.pytorch import multiplies_bfloat16
 from repvit_mm.datasets.shapes import write_shapes
+from repvit_mm.files import Claim
 from repvit_mm.resume import UNFINISHED, ResumableCheckpointHook, Stopped, fast_forward, random_state
 
 KILLED = -signal.SIGKILL
@@ -575,6 +576,20 @@ def test_unfinished_files_are_cleared_away(make_folder):
     (work / 'notes.unfinished').write_text('of somebody else')
     assert run(folder, 'epoch', train_cfg=[('max_epochs', 1)], hook=[('save_best', None)]) == 0
     assert files(folder) == {'epoch_1.pth', 'last_checkpoint', 'notes.unfinished'}
+
+
+def test_second_run_in_the_folder_of_one_that_trains_is_refused(make_folder):
+    """Its files stay, unfinished ones too; how it ends makes no difference."""
+    folder = make_folder()
+    work = folder / 'work'
+    work.mkdir()
+    (work / f'epoch_1.pth{UNFINISHED}').write_text('half')
+    claim = Claim(work)
+    assert run(folder, 'epoch') == 1
+    assert files(folder) == {f'epoch_1.pth{UNFINISHED}'}
+    claim.close()
+    assert run(folder, 'epoch', death=(4,)) == KILLED
+    assert run(folder, 'epoch', resume=True) == 0
 
 
 def test_options_mean_what_they_mean_in_mmengine(make_folder):

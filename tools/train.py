@@ -14,13 +14,14 @@ from _launch import (
     check_data,
     failures_told,
     load_config,
+    one_line,
     prepare_pretrained,
     start,
 )
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import VISBACKENDS
-from mmengine.runner import find_latest_checkpoint
+from mmengine.runner import Runner, find_latest_checkpoint
 
 from repvit_mm.checkpoint import CheckpointError, read_checkpoint, trust
 from repvit_mm.compat.pytorch import multiplies_bfloat16
@@ -183,7 +184,13 @@ def train(cfg: Config, pretrained: str | None) -> None:
     resumed = cfg.get('resume') and (cfg.get('load_from') or find_latest_checkpoint(cfg.work_dir))
     prepare_pretrained(cfg, 'none' if resumed else pretrained)
     loops = ('train_loop', 'val_loop') if cfg.get('val_cfg') else ('train_loop',)
-    build_runner(cfg, *loops).train()
+    runner = build_runner(cfg, *loops)
+    if isinstance(runner, Runner):  # a FlexibleRunner leaves it to its strategy
+        try:
+            runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+        except Exception as error:
+            sys.exit(f'optim_wrapper cannot be built from {dict(cfg.optim_wrapper)}: {one_line(error)}')
+    runner.train()
 
 
 if __name__ == '__main__':

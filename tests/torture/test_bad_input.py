@@ -26,7 +26,7 @@ from repvit_mm.deploy.predict import predict_all
 from repvit_mm.deploy.results import ResultFolder
 from repvit_mm.deploy.sources import Source
 from repvit_mm.deploy.torch_predictor import ModelPredictor
-from repvit_mm.files import UNFINISHED
+from repvit_mm.files import UNFINISHED, Claim
 
 pytestmark = pytest.mark.needs_ops
 
@@ -100,6 +100,16 @@ def shortened(name: str) -> Callable[[Path], None]:
     return before
 
 
+def claimed(name: str) -> Callable[[Path], None]:
+    """Does what a run that goes on in a folder does; this process holds the claim as long as it lives."""
+
+    def before(folder: Path) -> None:
+        (folder / name).mkdir()
+        Claim(folder / name)
+
+    return before
+
+
 FIRST = f'{COCO}/train2017/train_000000.jpg'
 VALIDATED = f'{COCO}/val2017/val_000000.jpg'
 LABELS = f'{ADE}/annotations/training/train_000000.png'
@@ -153,6 +163,18 @@ ROWS = {
             (folder / 'a b/c d.py').write_text((folder / 'seg.py').read_text(), newline='\r\n'),
         ),
     ),
+    'optimizer of another name': Row(
+        'train.py det.py --cfg-options optim_wrapper.optimizer.type=Adamw', ('optim_wrapper cannot be built', 'Adamw')
+    ),
+    'learning rate in words': Row(
+        'train.py det.py --cfg-options optim_wrapper.optimizer.lr=fast', ('optim_wrapper cannot be built', "'fast'")
+    ),
+    'process of a job that nothing has started': Row(
+        'train.py det.py --launcher slurm', ('--launcher slurm: SLURM_PROCID is not set', 'srun')
+    ),
+    'value without an option': Row(
+        'train.py det.py --cfg-options =3', ('--cfg-options =3: expected KEY=VALUE',), status=2
+    ),
     'option without a value': Row(
         'train.py det.py --cfg-options model', ('--cfg-options model: expected KEY=VALUE',), status=2
     ),
@@ -189,6 +211,20 @@ ROWS = {
     'boxes of two numbers': Row('train.py det.py', ('instances_train2017.json', 'bbox'), before=each(bbox=[3, 3])),
     'boxes of words': Row(
         'train.py det.py', ('instances_train2017.json', 'bbox'), before=each(bbox=['a', 'b', 'c', 'd'])
+    ),
+    'masks that are numbers': Row(
+        'train.py det.py', ('instances_train2017.json', 'has segmentation=5: expected'), before=each(segmentation=5)
+    ),
+    'areas in words': Row(
+        'train.py det.py', ("instances_train2017.json: entry 0 of annotations has area='big'",), before=each(area='big')
+    ),
+    'annotation file with a byte order mark': Row(
+        'train.py det.py',
+        ('instances_train2017.json is not JSON: Unexpected UTF-8 BOM',),
+        before=annotations(lambda content: '\ufeff' + json.dumps(content)),
+    ),
+    'annotation file of nothing but brackets': Row(
+        'train.py det.py', ('instances_train2017.json is not JSON',), before=annotations(lambda _: '[' * 99_999)
     ),
     'polygons of two points': Row(
         'train.py det.py', ('no box of any class',), before=each(segmentation=[[1, 1, 9, 9]])
@@ -291,6 +327,9 @@ ROWS = {
         'convert_checkpoint.py b.pth det.py/o.pth',
         ('det.py/o.pth cannot be written',),
         before=lambda f: torch.save(RepViT('m0_6').state_dict(), f / 'b.pth'),
+    ),
+    'work folder of a run that goes on': Row(
+        'train.py seg.py', ('another run writes into', 'work'), before=claimed('work')
     ),
     # What works all the same.
     'images without any box in a batch': Row(
