@@ -1,8 +1,13 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and folders that one process writes into."""
 
 import os
 from contextlib import suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
 
 UNFINISHED = '.repvit_mm-unfinished'
 """What the name of a file ends with while it is written. Only a killed process leaves one."""
@@ -28,3 +33,37 @@ def write_whole(path: Path, content: bytes) -> None:
         if isinstance(error, OSError) and error.filename is None:  # a full disk's names nothing
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+class Claim:
+    """A folder that this process alone writes into, until it ends or lets go, however it ends.
+
+    The claim is a lock of the operating system: it leaves no file. Where the file system knows no locks, nothing is
+    claimed. A process that is forked has no part in it, so that the claim does not outlive the one that made it.
+
+    Args:
+        folder: The folder, which has to exist.
+
+    Raises:
+        BlockingIOError: if another process claims the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file: int | None = None
+        if fcntl is None:
+            return
+        self.file = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise
+        except OSError:
+            self.close()
+        os.register_at_fork(after_in_child=self.close)
+
+    def close(self) -> None:
+        """Let go of this process's part."""
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None

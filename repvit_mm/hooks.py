@@ -2,22 +2,26 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
+from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch import nn
 
 from .backbone import ReparamBackbone
+from .compat.pytorch import lost_process
 from .deploy.fold import fold_conv_norms
 from .loading import check_outside_backbones
+from .messages import one_line
 from .precision import HALF, compute_in
 from .reparam import plain_formulation, reparam_blocks, switch_to_deploy
+from .samples import SampleError
 
 
 class FusionError(RuntimeError):
@@ -215,6 +219,57 @@ class FiniteLossHook(Hook):
                 )
 
 
+class BatchError(RuntimeError):
+    """A training step failed; the message is one line that names its images."""
+
+
+@HOOKS.register_module()
+class NamedBatchHook(Hook):
+    """Names the images of a batch on which a training step fails, and the label maps whose labels are no classes.
+
+    On a GPU a label that is no class says no more than "device-side assert triggered".
+
+    In a config: ``custom_hooks = [dict(type='NamedBatchHook')]``; ``tools/train.py`` adds it without being asked.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Let what a step raises be told with its batch."""
+        step = runner.model.train_step
+
+        def train_step(data: Any, optim_wrapper: OptimWrapper) -> Any:
+            try:
+                return step(data, optim_wrapper)
+            except Exception as error:  # whatever a model raises
+                if lost_process(error):
+                    raise
+                raise explained(error, data, runner) from error
+
+        runner.model.train_step = train_step
+
+    def after_train(self, runner: Runner) -> None:
+        """Leave the model as it was."""
+        del runner.model.train_step
+
+
+def explained(error: Exception, data_batch: Any, runner: Runner) -> BatchError | SampleError:
+    """What to say of a training step that failed."""
+    for module in runner.model.modules():
+        if not (hasattr(module, 'num_classes') and hasattr(module, 'ignore_index')):  # no head of a segmentor
+            continue
+        for sample in samples_of(data_batch):
+            labels = getattr(getattr(sample, 'gt_sem_seg', None), 'data', None)
+            if labels is None:
+                continue
+            wrong = labels[(labels >= module.num_classes) & (labels != module.ignore_index)]
+            if len(wrong):
+                return SampleError(
+                    f'iteration {runner.iter + 1}: label {wrong[0]} in {sample.seg_map_path} of {sample.img_path} is '
+                    f'no class, expected 0 to {module.num_classes - 1}, or {module.ignore_index} where nothing is '
+                    f'learned: {one_line(error)}'
+                )
+    return BatchError(f'iteration {runner.iter + 1}: {one_line(error)}, on {images_of(data_batch)}')
+
+
 def named_loss(outputs: Mapping[str, Any], name: str) -> str:
     """The part of a loss that is not finite, where the sum comes first."""
     parts = [
@@ -225,10 +280,16 @@ def named_loss(outputs: Mapping[str, Any], name: str) -> str:
     return parts[0] if name == 'loss' and parts else name
 
 
+def samples_of(data_batch: Any) -> Sequence[Any]:
+    """What a batch says of its images."""
+    return data_batch.get('data_samples', ()) if isinstance(data_batch, Mapping) else ()
+
+
 def images_of(data_batch: Any, most: int = 8) -> str:
     """The files of a batch."""
-    samples = data_batch.get('data_samples', ()) if isinstance(data_batch, Mapping) else ()
-    paths = [str(getattr(sample, 'img_path', None) or getattr(sample, 'img_id', '?')) for sample in samples]
+    paths = [
+        str(getattr(sample, 'img_path', None) or getattr(sample, 'img_id', '?')) for sample in samples_of(data_batch)
+    ]
     if not paths:
         return 'a batch that does not name its images'
     return ', '.join(paths[:most]) + (f' and {len(paths) - most} more' if len(paths) > most else '')

@@ -24,9 +24,10 @@ from .compat.openmmlab import (
     SkippingEpochBasedTrainLoop,
     SkippingIterBasedTrainLoop,
     iterator_within,
+    save_to_resume_from,
 )
 from .compat.pytorch import draw_indices
-from .files import UNFINISHED, write_whole
+from .files import UNFINISHED, Claim, write_whole
 from .fingerprint import changed, fingerprints
 
 
@@ -77,13 +78,18 @@ class AtomicLocalBackend(LocalBackend):
         write_whole(Path(filepath), obj)
 
 
+class FolderInUseError(RuntimeError):
+    """Two runs would overwrite each other's checkpoints; the message is one line that names the folder."""
+
+
 @HOOKS.register_module()
 class ResumableCheckpointHook(SavingBeforeRemovingHook):
     """MMEngine's ``CheckpointHook`` with the same options, safe against being killed at any moment.
 
     On the local disk a checkpoint is written under another name, flushed and renamed (not with the deprecated
     ``file_client_args``). Then ``last_checkpoint`` is written in the same way, and only then are outdated files
-    removed. Unfinished files of a killed run are removed when the next run in the folder begins.
+    removed. Unfinished files of a killed run are removed when the next run in the folder begins. A second run in the
+    folder of one that still trains is refused.
 
     A checkpoint's ``meta`` holds a fingerprint of the annotations. A resumed run says if they are others now.
 
@@ -94,6 +100,7 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
     :class:`ResumableEpochBasedTrainLoop` and :class:`ResumableIterBasedTrainLoop`.
     """
 
+    claim: Claim | None = None
     annotations: dict[str, str] | None = None
     loaded_annotations: dict[str, str] | None = None
     loaded_states: Sequence[dict[str, Any]] = ()
@@ -112,6 +119,7 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
         if isinstance(self.file_backend, LocalBackend):
             self.backend_args = dict(backend='atomic_local')
         if is_main_process():
+            self.claim_folder(runner)
             for folder in {runner.work_dir, self.out_dir}:
                 for unfinished in Path(folder).glob(f'*{UNFINISHED}'):
                     unfinished.unlink()
@@ -125,6 +133,25 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
         if runner.iter > 0:
             self.choose_state(runner)
         self.after_fast_forward(runner)
+
+    def claim_folder(self, runner: Runner) -> None:
+        """Make sure that no other run writes checkpoints into the work folder.
+
+        Raises:
+            FolderInUseError: if one does.
+        """
+        try:
+            self.claim = Claim(Path(runner.work_dir))
+        except BlockingIOError:
+            raise FolderInUseError(
+                f'another run writes into {runner.work_dir}: wait until it has ended, or take another work_dir'
+            ) from None
+
+    def after_train(self, runner: Runner) -> None:
+        """Let go of the work folder."""
+        super().after_train(runner)
+        if self.claim:
+            self.claim.close()
 
     def check_annotations(self, runner: Runner) -> None:
         """Remember what the annotations are, and say if a resumed run has begun with others."""
@@ -235,6 +262,7 @@ class StopOnSignalHook(Hook):
         self.asked: int | None = None
         self.asked_at = 0.0
         self.saved_at: int | None = None
+        self.validating = False
         self.before: dict[int, Any] = {}
 
     def before_train(self, runner: Runner) -> None:
@@ -272,48 +300,58 @@ class StopOnSignalHook(Hook):
         return self.asked is not None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Remember of which iteration there is a checkpoint."""
-        self.saved_at = checkpoint['meta']['iter']
+        """Remember of which iteration there is a checkpoint; one that a validation saves is not for resuming."""
+        if not self.validating:
+            self.saved_at = checkpoint['meta']['iter']
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """Save and stop, if asked."""
         if self.is_asked(runner.iter):
             self.stop(runner, runner.iter + 1)
 
+    def before_val(self, runner: Runner) -> None:
+        """Note that a validation begins."""
+        self.validating = True
+
     def after_val_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """Stop if asked and if a checkpoint was saved before this validation; the weights may be averages by now."""
         if self.before and get_world_size() == 1 and self.asked is not None and self.saved_at == runner.iter:
-            self.end(runner, Path(runner.work_dir, 'last_checkpoint').read_text(), runner.iter)
+            self.stop(runner, runner.iter)
 
     def after_val(self, runner: Runner) -> None:
         """Save and stop, if asked."""
+        self.validating = False
         if self.before and self.is_asked(0):
             self.stop(runner, runner.iter)
 
     def stop(self, runner: Runner, iteration: int) -> None:
-        """Save, and end the run.
+        """Save, unless that was done already, and end the run.
 
         Args:
             runner: The runner.
             iteration: How many iterations it has done.
-        """
-        filename, meta = f'stopped_iter_{iteration}.pth', dict(epoch=runner.epoch, iter=iteration)
-        savers = [hook for hook in runner.hooks if isinstance(hook, ResumableCheckpointHook)]
-        if savers:
-            path = savers[0].save(runner, filename, meta)
-        else:
-            path = str(Path(runner.work_dir, filename))
-            runner.save_checkpoint(runner.work_dir, filename, meta=meta)
-            if is_main_process():
-                write_whole(Path(runner.work_dir, 'last_checkpoint'), path.encode())
-        self.end(runner, path, iteration)
-
-    def end(self, runner: Runner, path: str, iteration: int) -> None:
-        """End the run.
 
         Raises:
             Stopped: always.
         """
         self.after_train(runner)
-        name = signal.Signals(self.asked).name
-        raise Stopped(self.asked, f'{name}: stopped after iteration {iteration}; {path} is saved, --resume goes on')
+        if self.saved_at == iteration:
+            path = runner.message_hub.get_info('last_ckpt')
+        else:
+            path = self.save(runner, f'stopped_iter_{iteration}.pth', dict(epoch=runner.epoch, iter=iteration))
+        loop = runner.train_loop
+        by_iteration = isinstance(loop, IterBasedTrainLoop)
+        complete = iteration >= loop.max_iters if by_iteration else loop.epoch >= loop.max_epochs
+        raise Stopped(
+            self.asked,
+            f'{signal.Signals(self.asked).name}: stopped after iteration {iteration}; {path} is saved, '
+            + ('training is complete' if complete else '--resume goes on'),
+        )
+
+    def save(self, runner: Runner, filename: str, meta: dict) -> str:
+        """Save a checkpoint, by the run's own hook if that writes files whole; returns its path."""
+        for hook in runner.hooks:
+            if isinstance(hook, ResumableCheckpointHook):
+                return hook.save(runner, filename, meta)
+        whole = dict(backend='atomic_local')
+        return save_to_resume_from(runner, runner.work_dir, filename, meta=meta, backend_args=whole)

@@ -26,7 +26,7 @@ def _interrupt(parser: argparse.ArgumentParser, *_: object, **__: object) -> NoR
 
 def parser_of(launcher: Path) -> argparse.ArgumentParser | None:
     """A launcher's parser, found by running it until it parses its arguments; ``None`` if it fails before that."""
-    if 'ArgumentParser(' not in launcher.read_text(encoding='utf-8'):
+    if 'Parser(' not in launcher.read_text(encoding='utf-8'):
         return None  # it would run to its end
     methods = ('parse_args', 'parse_known_args')
     with contextlib.ExitStack() as stack:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from repvit_mm.checkpoint import read_checkpoint
-from repvit_mm.hooks import FiniteLossHook, NonFiniteError
+from repvit_mm.hooks import BatchError, FiniteLossHook, NamedBatchHook, NonFiniteError
+from repvit_mm.samples import SampleError
 
 
 class Samples(Dataset):
@@ -48,11 +49,16 @@ class Poison(Hook):
             runner.model.weight.data.fill_(float('inf'))
 
 
-def run(folder: Path, loss_at: dict[int, float] | None = None, hooks: tuple[Hook, ...] = (FiniteLossHook(),)) -> Runner:
+def run(
+    folder: Path,
+    loss_at: dict[int, float] | None = None,
+    hooks: tuple[Hook, ...] = (FiniteLossHook(),),
+    model: BaseModel | None = None,
+) -> Runner:
     """Eight iterations; a checkpoint after each second one, of which the latest alone stays."""
     loader = DataLoader(Samples(), 1, collate_fn=lambda items: {key: [item[key] for item in items] for key in items[0]})
     runner = Runner(
-        model=Net(loss_at or {}),
+        model=model or Net(loss_at or {}),
         work_dir=str(folder),
         train_dataloader=loader,
         train_cfg=dict(by_epoch=False, max_iters=8),
@@ -104,6 +110,47 @@ def test_without_the_hook_the_good_checkpoint_is_lost(tmp_path):
     assert run(tmp_path, {4: float('nan')}, hooks=()).iter == 8
     assert {path.name for path in tmp_path.glob('*.pth')} == {'iter_8.pth'}
     assert read_checkpoint(tmp_path / 'iter_8.pth')['state_dict']['weight'].isnan().all()
+
+
+class Failing(Net):
+    """Its third step raises something."""
+
+    def __init__(self, error: Exception, ignored: int | None = None) -> None:
+        super().__init__({})
+        self.error, self.num_classes = error, 7
+        if ignored is not None:
+            self.ignore_index = ignored
+
+    def forward(self, inputs: list[Tensor], data_samples: list, mode: str) -> dict[str, Tensor]:
+        if self.iteration == 2:
+            for sample in data_samples:
+                sample.gt_sem_seg, sample.seg_map_path = SimpleNamespace(data=torch.tensor([[0, 255, 6, 9]])), 'a.png'
+            raise self.error
+        return super().forward(inputs, data_samples, mode)
+
+
+@pytest.mark.parametrize(
+    ('model', 'error', 'expected'),
+    [
+        (Failing(ValueError('of no size')), BatchError, r'^iteration 3: ValueError: of no size, on 2.jpg$'),
+        (
+            Failing(IndexError('Target is out of bounds'), ignored=255),
+            SampleError,
+            r'^iteration 3: label 9 in a.png of 2.jpg is no class, expected 0 to 6, or 255 where nothing is learned: '
+            'Target is out of bounds$',
+        ),
+        (Failing(ValueError('of no size'), ignored=9), SampleError, r'^iteration 3: label 255 in a.png'),
+        (Failing(RuntimeError('[/gloo/pair.cc:1] closed')), RuntimeError, r'^\[/gloo/pair.cc:1\] closed$'),
+    ],
+)
+def test_failing_step_names_its_images(tmp_path, model, error, expected):
+    with pytest.raises(error, match=expected) as caught:
+        run(tmp_path, hooks=(NamedBatchHook(),), model=model)
+    assert type(caught.value) is error and '\n' not in str(caught.value)
+
+
+def test_model_is_left_as_it_was(tmp_path):
+    assert 'train_step' not in vars(run(tmp_path, hooks=(NamedBatchHook(),)).model)
 
 
 def test_it_looks_before_a_checkpoint_is_saved():

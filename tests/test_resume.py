@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from repvit_mm.checkpoint import read_checkpoint
 from repvit_mm.compat.pytorch import multiplies_bfloat16
 from repvit_mm.datasets.shapes import write_shapes
+from repvit_mm.files import Claim
 from repvit_mm.resume import UNFINISHED, ResumableCheckpointHook, Stopped, fast_forward, random_state
 
 KILLED = -signal.SIGKILL
@@ -421,10 +422,45 @@ def test_run_that_is_asked_to_stop_goes_on_where_it_was(
     assert (folder / 'stopped').read_text() == (
         f'{signum.name}: stopped after iteration {start}; {path} is saved, --resume goes on'
     )
-    assert path.name == (f'stopped_iter_{start}.pth' if stage == 'train' else BEFORE_VALIDATION[loop])
+    if stage == 'val':
+        assert path.name == BEFORE_VALIDATION[loop]
+    else:  # every third iteration is saved without being asked
+        assert path.name == ('iter_3.pth' if (loop, start) == ('iteration', 3) else f'stopped_iter_{start}.pth')
     assert run(folder, loop, resume=True, **options) == 0
     assert starts(folder) == [0, start]
     assert latest(folder).name == LAST[loop] and same(folder, never_stopped[loop])
+
+
+@pytest.mark.parametrize(
+    ('loop', 'iteration', 'stage', 'saved', 'then'),
+    [
+        ('epoch', 11, 'train', 'stopped_iter_12.pth', '--resume goes on'),
+        ('epoch', 12, 'val', 'epoch_4.pth', 'training is complete'),
+        ('iteration', 11, 'train', 'iter_12.pth', 'training is complete'),
+        ('iteration', 12, 'val', 'iter_12.pth', 'training is complete'),
+    ],
+)
+def test_run_that_is_asked_to_stop_at_its_end_saves_once(
+    make_folder, never_stopped, loop, iteration, stage, saved, then
+):
+    """The last iteration of the last epoch is followed by a checkpoint of that epoch, and by a validation."""
+    folder, options = make_folder(), dict(train_cfg=WITHIN_EPOCHS) if loop == 'epoch' else {}
+    assert run(folder, loop, ask=(iteration, stage, signal.SIGTERM), **options) == 128 + signal.SIGTERM
+    told = f'SIGTERM: stopped after iteration 12; {latest(folder)} is saved, {then}'
+    assert (folder / 'stopped').read_text() == told
+    ends = {'epoch_4.pth', 'iter_12.pth', 'stopped_iter_12.pth'}
+    assert latest(folder).name == saved and files(folder) & ends == {saved}
+    assert run(folder, loop, resume=True, **options) == 0
+    assert latest(folder).name == LAST[loop] and same(folder, never_stopped[loop])
+
+
+def test_stop_without_the_hook_that_writes_files_whole(make_folder):
+    """The checkpoint that is saved as the run stops is written whole all the same."""
+    folder, options = make_folder(), dict(train_cfg=WITHIN_EPOCHS, hook=[('type', 'CheckpointHook')])
+    assert run(folder, 'epoch', ask=(4, 'train', signal.SIGTERM), watch=True, **options) == 128 + signal.SIGTERM
+    assert latest(folder).name == 'stopped_iter_5.pth' and read_checkpoint(latest(folder))['meta']['iter'] == 5
+    assert f'os.rename stopped_iter_5.pth{UNFINISHED}' in steps_of(folder)
+    assert run(folder, 'epoch', resume=True, **options) == 0
 
 
 def test_stopped_within_an_epoch_needs_the_loop_that_goes_on_there(make_folder, never_stopped):
@@ -540,6 +576,20 @@ def test_unfinished_files_are_cleared_away(make_folder):
     (work / 'notes.unfinished').write_text('of somebody else')
     assert run(folder, 'epoch', train_cfg=[('max_epochs', 1)], hook=[('save_best', None)]) == 0
     assert files(folder) == {'epoch_1.pth', 'last_checkpoint', 'notes.unfinished'}
+
+
+def test_second_run_in_the_folder_of_one_that_trains_is_refused(make_folder):
+    """Its files stay, unfinished ones too; how it ends makes no difference."""
+    folder = make_folder()
+    work = folder / 'work'
+    work.mkdir()
+    (work / f'epoch_1.pth{UNFINISHED}').write_text('half')
+    claim = Claim(work)
+    assert run(folder, 'epoch') == 1
+    assert files(folder) == {f'epoch_1.pth{UNFINISHED}'}
+    claim.close()
+    assert run(folder, 'epoch', death=(4,)) == KILLED
+    assert run(folder, 'epoch', resume=True) == 0
 
 
 def test_options_mean_what_they_mean_in_mmengine(make_folder):

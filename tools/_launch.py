@@ -9,6 +9,7 @@ import subprocess
 import sys
 import traceback
 import warnings
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -34,8 +35,8 @@ try:
     from repvit_mm.deploy.metadata import TASKS
     from repvit_mm.deploy.runtimes import RuntimeFileError
     from repvit_mm.hooks import FusionError, NonFiniteError
-    from repvit_mm.messages import one_line, start  # noqa: F401
-    from repvit_mm.resume import Stopped
+    from repvit_mm.messages import Parser, one_line, start  # noqa: F401
+    from repvit_mm.resume import FolderInUseError, Stopped
     from repvit_mm.samples import SampleError, name_samples
 except ImportError as error:
     sys.exit(f'{error} (a checkout is installed by: pip install -e .)')
@@ -44,6 +45,13 @@ TOOLS = Path(__file__).resolve().parent
 
 SMALLEST_SIDE = 32
 """Of images that are measured, in pixels."""
+
+LAUNCHERS = {
+    'pytorch': ('RANK', 'torchrun, as tools/dist_train.sh does'),
+    'slurm': ('SLURM_PROCID', 'srun, as tools/slurm_train.sh does'),
+    'mpi': ('OMPI_COMM_WORLD_LOCAL_RANK', 'mpirun'),
+}
+"""What starts the processes of a job -> a variable that it sets, and its command."""
 
 DATA_HINTS = {
     'data/coco': 'get COCO-2017 from https://cocodataset.org/#download and link its folder as data/coco',
@@ -59,7 +67,7 @@ class Settings(DictAction):
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
     ) -> None:
         for value in values:
-            if '=' not in value:
+            if value.find('=') < 1:
                 parser.error(f'{option_string} {value}: expected KEY=VALUE')
         super().__call__(parser, namespace, values, option_string)
 
@@ -75,7 +83,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='KEY=VALUE',
         help='override settings of the config, e.g. train_dataloader.batch_size=4 or model.neck.in_channels="[1,2]"',
     )
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
+    parser.add_argument('--launcher', choices=['none', *LAUNCHERS], default='none', help='job launcher')
     parser.add_argument(
         '--trust-checkpoint',
         action='store_true',
@@ -149,6 +157,10 @@ def prepare_measuring(args: argparse.Namespace) -> torch.device:
 
 def load_config(args: argparse.Namespace, *wanted: str) -> Config:
     """The config with the command line's common options in it; exits with one line if it lacks what is wanted."""
+    if args.launcher != 'none':
+        variable, command = LAUNCHERS[args.launcher]
+        if variable not in os.environ:
+            sys.exit(f'--launcher {args.launcher}: {variable} is not set; start the processes by {command}')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = read_config(Path(args.config), args.cfg_options)
     if missing := [key for key in ('model', *wanted) if not cfg.get(key)]:
@@ -167,7 +179,8 @@ def read_config(path: Path, options: dict[str, Any]) -> Config:
     try:
         cfg = Config.fromfile(path)
     except Exception as error:  # anything can go wrong in a file of code
-        sys.exit(f'config {path} cannot be read: {one_line(error)}')
+        hint = ' (save it as UTF-8 without a byte order mark)' if path.read_bytes().startswith(BOM_UTF8) else ''
+        sys.exit(f'config {path} cannot be read: {one_line(error)}{hint}')
     try:
         cfg.merge_from_dict(options)
     except Exception as error:
@@ -216,7 +229,7 @@ def failures_told(advice: Callable[[], str]) -> Iterator[None]:
         yield
     except Stopped:
         raise
-    except (CheckpointError, FusionError, NonFiniteError, RuntimeFileError) as error:
+    except (CheckpointError, FolderInUseError, FusionError, NonFiniteError, RuntimeFileError) as error:
         sys.exit(str(error))
     except Exception as error:
         for handler in MMLogger.get_current_instance().handlers:

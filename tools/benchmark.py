@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from _launch import (
+    Parser,
     add_measuring_arguments,
     check_checkpoint,
     check_measuring_arguments,
@@ -32,7 +33,7 @@ from repvit_mm.deploy.load import input_size
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description='Measure time, memory and arithmetic; candidates are interleaved.')
+    parser = Parser(description='Measure time, memory and arithmetic; candidates are interleaved.')
     commands = parser.add_subparsers(dest='command', required=True)
 
     backbone = commands.add_parser('backbone', help='inference of backbones by every route')

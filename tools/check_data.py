@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import cv2
-from _launch import Settings, check_data, read_config, start
+from _launch import Parser, Settings, check_data, read_config, start
 from mmengine.config import Config
 from rich.console import Console
 from rich.progress import track
@@ -21,7 +21,7 @@ from repvit_mm.messages import one_line
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Look at a config's data sets: counts, classes, sizes, whatever would stop or ruin a run, and a "
         'picture of what the model will see. The exit status is 1 if something would.'
     )

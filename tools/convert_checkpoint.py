@@ -10,15 +10,13 @@ from pathlib import Path
 from repvit_mm.checkpoint import CheckpointError, read_checkpoint, trust
 from repvit_mm.conversion import content_of, convert, metadata_of, to_pth, to_safetensors
 from repvit_mm.files import write_whole
-from repvit_mm.messages import one_line, start
+from repvit_mm.messages import Parser, one_line, start
 from repvit_mm.names import WHOSE
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits with one line where its options do not fit together."""
-    parser = argparse.ArgumentParser(
-        description='Look into the checkpoint of a backbone or of a model with one, or convert it.'
-    )
+    parser = Parser(description='Look into the checkpoint of a backbone or of a model with one, or convert it.')
     parser.add_argument('input', type=os.path.expanduser, metavar='IN', help='.pth or .safetensors file')
     parser.add_argument(
         'output',

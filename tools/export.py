@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from _launch import Settings, check_checkpoint, read_config, start
+from _launch import Parser, Settings, check_checkpoint, read_config, start
 
 from repvit_mm.checkpoint import CheckpointError, trust
 from repvit_mm.deploy.export import EXPORTERS, OPSET, Exportable, Options, check_options, export
@@ -19,7 +19,7 @@ REAL_IMAGES = 4
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description='Export a trained model and prove that the file is the model.')
+    parser = Parser(description='Export a trained model and prove that the file is the model.')
     parser.add_argument('config', help='config file, e.g. configs/seg/fpn_repvit_m0_6_shapes.py')
     parser.add_argument('checkpoint', help='checkpoint file, its backbone fused or not')
     parser.add_argument(

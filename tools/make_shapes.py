@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from rich.progress import track
 
 from repvit_mm.datasets.shapes import write_shapes
-from repvit_mm.messages import start
+from repvit_mm.messages import Parser, start
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('out', nargs='?', default='data/shapes', help='folder to make')
     parser.add_argument('--train', type=int, default=400, metavar='N', help='training images')
     parser.add_argument('--val', type=int, default=80, metavar='N', help='validation images')

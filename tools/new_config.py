@@ -1,6 +1,5 @@
 """Start a config for data of your own from a template: python tools/new_config.py det|seg CONFIG."""
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from pathlib import Path
 
 try:
     from repvit_mm.files import write_whole
-    from repvit_mm.messages import start
+    from repvit_mm.messages import Parser, start
 except ImportError as error:
     sys.exit(f'{error} (a checkout is installed by: pip install -e .)')
 
@@ -19,7 +18,7 @@ TEMPLATES = {'det': 'mask_rcnn_repvit_m0_9_custom.py', 'seg': 'fpn_repvit_m0_9_c
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Copy a template, and let it inherit from the installed config, so that it works in any folder."""
-    parser = argparse.ArgumentParser(description='Start a config for data of your own from a template.')
+    parser = Parser(description='Start a config for data of your own from a template.')
     parser.add_argument('task', choices=TEMPLATES, help='det: boxes and masks; seg: a class for each pixel')
     parser.add_argument('config', type=Path, help='the file to make, e.g. mine.py')
     args = parser.parse_args(argv)

@@ -1,22 +1,19 @@
 """Draw losses, learning rate and metrics of training runs into one PNG: python tools/plot_log.py RUN ..."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 try:
     from repvit_mm.logs import LogError, draw_runs, read_run
-    from repvit_mm.messages import start
+    from repvit_mm.messages import Parser, start
 except ImportError as error:
     sys.exit(f'{error} (a checkout is installed by: pip install -e .)')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw."""
-    parser = argparse.ArgumentParser(
-        description='Draw losses, learning rate and metrics of one or several training runs into one PNG.'
-    )
+    parser = Parser(description='Draw losses, learning rate and metrics of one or several training runs into one PNG.')
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='work folder of a run')
     parser.add_argument('--out', type=Path, default=Path('log.png'), help='the picture (default: %(default)s)')
     parser.add_argument(

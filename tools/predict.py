@@ -19,7 +19,7 @@ try:
     from repvit_mm.deploy.results import ResultFolder
     from repvit_mm.deploy.runtimes import RUNTIMES, RuntimeFileError
     from repvit_mm.deploy.sources import Source, SourceError, find_sources
-    from repvit_mm.messages import start
+    from repvit_mm.messages import Parser, start
 except ImportError as error:
     sys.exit(f"{error} (this tool needs: pip install 'repvit_mm[runtime]', in a checkout: pip install -e '.[runtime]')")
 try:
@@ -30,7 +30,7 @@ except ImportError:  # files run without it
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description='Predict on images and videos with a config and its checkpoint, or with an exported file.',
         usage='%(prog)s CONFIG CHECKPOINT INPUT [INPUT ...] --out DIR [options]\n'
         '       %(prog)s FILE INPUT [INPUT ...] --out DIR [options]',

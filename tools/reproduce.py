@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from _launch import TOOLS, ToolError, run_test, start
+from _launch import TOOLS, Parser, ToolError, run_test, start
 from rich.console import Console
 from rich.table import Table
 
@@ -49,7 +49,7 @@ class Entry:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description='Test the released detectors, segmentors and classifiers, fused, and compare with their published '
         'figures. Run it where data/coco, data/ade and data/imagenet are. Classifiers need MMPretrain.'
     )

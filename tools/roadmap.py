@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _launch import add_measuring_arguments, check_measuring_arguments, prepare_measuring, start
+from _launch import Parser, add_measuring_arguments, check_measuring_arguments, prepare_measuring, start
 from torch import Tensor, nn
 
 from repvit_mm import RepViTRoadmapClassifier, switch_to_deploy
@@ -23,7 +23,7 @@ from repvit_mm.roadmap import ABLATIONS, STEPS
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description='Measure each step from MobileNetV3-L to RepViT as a fused classifier, one image at a time; '
         "the steps are interleaved. Accuracies, and latencies of the phone, are the paper's."
     )

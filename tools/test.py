@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from _launch import (
+    Parser,
     add_common_arguments,
     build_runner,
     check_checkpoint,
@@ -37,7 +38,7 @@ METRICS = {
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description='Test a detector or a segmentor.')
+    parser = Parser(description='Test a detector or a segmentor.')
     parser.add_argument('config', help='config file, e.g. configs/seg/fpn_repvit_m1_1_ade20k_40k.py')
     parser.add_argument('checkpoint', help='checkpoint file, or a file of tools/export.py to test in its own runtime')
     parser.add_argument(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from _launch import (
+    Parser,
     add_common_arguments,
     build_runner,
     check_annotations,
@@ -13,13 +14,14 @@ from _launch import (
     check_data,
     failures_told,
     load_config,
+    one_line,
     prepare_pretrained,
     start,
 )
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import VISBACKENDS
-from mmengine.runner import find_latest_checkpoint
+from mmengine.runner import Runner, find_latest_checkpoint
 
 from repvit_mm.checkpoint import CheckpointError, read_checkpoint, trust
 from repvit_mm.compat.pytorch import multiplies_bfloat16
@@ -29,7 +31,7 @@ from repvit_mm.resume import Stopped
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description='Train a detector or a segmentor.')
+    parser = Parser(description='Train a detector or a segmentor.')
     parser.add_argument('config', help='config file, e.g. configs/det/mask_rcnn_repvit_m1_1_fpn_1x_coco.py')
     parser.add_argument(
         '--resume',
@@ -78,7 +80,7 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             sys.exit("--auto-scale-lr: the config has no auto_scale_lr.base_batch_size, the recipe's total batch size")
         cfg.auto_scale_lr.enable = True
-    hooks = ['StopOnSignalHook'] if args.keep_going else ['StopOnSignalHook', 'FiniteLossHook']
+    hooks = ['StopOnSignalHook', 'NamedBatchHook', *([] if args.keep_going else ['FiniteLossHook'])]
     cfg.custom_hooks = [*cfg.get('custom_hooks', []), *(dict(type=hook) for hook in hooks)]
     if cfg.train_cfg.get('type') == 'EpochBasedTrainLoop' or cfg.train_cfg.get('by_epoch'):
         cfg.train_cfg.pop('by_epoch', None)
@@ -134,6 +136,14 @@ def add_backends(cfg: Config, names: Sequence[str]) -> None:
     visualizer.vis_backends = backends
 
 
+def check_length(cfg: Config) -> None:
+    """Exit with one line unless a run would train, and validate at some time if at all."""
+    for key in ('max_epochs', 'max_iters', 'val_interval'):
+        value = cfg.train_cfg.get(key, 1)
+        if not isinstance(value, int | float) or value < 1:
+            sys.exit(f'train_cfg.{key}={value!r}: expected a whole number, at least 1')
+
+
 def check_resumable(path: str) -> None:
     """Exit with one line unless a checkpoint is one that a run of MMEngine's Runner left."""
     found = read_checkpoint(path, map_location='cpu')
@@ -156,6 +166,7 @@ def main() -> None:
     cfg = load_config(args, 'train_cfg', 'train_dataloader', 'optim_wrapper')
     try:
         apply_options(cfg, args)
+        check_length(cfg)
         check_data(cfg, 'train', 'val')
         if not args.skip_data_check:
             check_annotations(cfg, args.config, 'train', 'val')
@@ -173,7 +184,13 @@ def train(cfg: Config, pretrained: str | None) -> None:
     resumed = cfg.get('resume') and (cfg.get('load_from') or find_latest_checkpoint(cfg.work_dir))
     prepare_pretrained(cfg, 'none' if resumed else pretrained)
     loops = ('train_loop', 'val_loop') if cfg.get('val_cfg') else ('train_loop',)
-    build_runner(cfg, *loops).train()
+    runner = build_runner(cfg, *loops)
+    if isinstance(runner, Runner):  # a FlexibleRunner leaves it to its strategy
+        try:
+            runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+        except Exception as error:
+            sys.exit(f'optim_wrapper cannot be built from {dict(cfg.optim_wrapper)}: {one_line(error)}')
+    runner.train()
 
 
 if __name__ == '__main__':

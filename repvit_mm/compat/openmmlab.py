@@ -17,6 +17,7 @@ import mmengine.runner.checkpoint
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.dataset import BaseDataset
 from mmengine.dist import is_main_process
+from mmengine.fileio import join_path
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import nn
@@ -108,6 +109,22 @@ def reverses_channels(preprocessor: nn.Module) -> bool:
     return next((bool(getattr(preprocessor, name)) for name in names if hasattr(preprocessor, name)), False)
 
 
+def save_to_resume_from(runner: Runner, folder: str, filename: str, **options: Any) -> str:
+    """Save a checkpoint, and then let ``last_checkpoint`` name it; returns its path.
+
+    Args:
+        runner: The runner.
+        folder: Where to, on the local disk or elsewhere.
+        filename: The checkpoint's name.
+        options: As for ``Runner.save_checkpoint``.
+    """
+    runner.save_checkpoint(folder, filename, **options)
+    path = join_path(folder, filename, backend_args=options.get('backend_args'))
+    if is_main_process():
+        write_whole(Path(runner.work_dir, 'last_checkpoint'), path.encode())
+    return path
+
+
 class SavingBeforeRemovingHook(CheckpointHook):
     """MMEngine's hook in an order that survives being killed.
 
@@ -133,12 +150,12 @@ class SavingBeforeRemovingHook(CheckpointHook):
 
     def save(self, runner: Runner, filename: str, meta: dict) -> str:
         """Save a checkpoint to resume from, and let ``last_checkpoint`` name it; returns its path."""
-        path = self.file_backend.join_path(self.out_dir, filename)
         self.before_save(runner)
-        runner.save_checkpoint(
+        path = save_to_resume_from(
+            runner,
             self.out_dir,
             filename,
-            self.file_client_args,
+            file_client_args=self.file_client_args,
             save_optimizer=self.save_optimizer,
             save_param_scheduler=self.save_param_scheduler,
             meta=meta,
@@ -147,8 +164,6 @@ class SavingBeforeRemovingHook(CheckpointHook):
             **self.args,
         )
         self.after_save(runner)
-        if is_main_process():
-            write_whole(Path(runner.work_dir, 'last_checkpoint'), path.encode())
         return path
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:

@@ -68,7 +68,7 @@ def lost_process(error: Exception) -> bool:
 
     Gloo raises a plain ``RuntimeError`` that begins with the place in its own source.
     """
-    return isinstance(error, torch.distributed.DistBackendError) or (
+    return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and '/gloo/' in str(error)
     )
 

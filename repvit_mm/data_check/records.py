@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from mmengine.registry import DATASETS, init_default_scope
@@ -91,6 +92,18 @@ def read_records(dataset: Any, report: Report, masks: bool) -> list[ImageRecord]
     return records
 
 
+ID, NUMBER = int | str, int | float
+EXPECTED = {ID: 'a number', NUMBER: 'a number', str: 'a text', list: 'four numbers, x, y, width and height'}
+FIELDS = {
+    'images': {'id': ID, 'file_name': str, 'width': NUMBER, 'height': NUMBER},
+    'categories': {'id': ID, 'name': str},
+    'annotations': {'id': ID, 'image_id': ID, 'category_id': ID, 'bbox': list, 'area': NUMBER},
+}
+"""What the entries of a COCO file must have, each of what kind."""
+
+MISSING = object()
+
+
 def load_coco(path: str, annotated: bool = True) -> dict[str, Any]:
     """A COCO annotation file.
 
@@ -102,8 +115,8 @@ def load_coco(path: str, annotated: bool = True) -> dict[str, Any]:
         DataError: if it is not one.
     """
     try:
-        content = json.loads(Path(path).read_bytes())
-    except (ValueError, OSError) as error:
+        content = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (ValueError, OSError, RecursionError) as error:
         raise DataError(f'annotation file {path} is not JSON: {one_line(error)}') from None
     wanted = ['images', 'categories', *(['annotations'] if annotated else [])]
     found = content if isinstance(content, dict) else {}
@@ -113,19 +126,28 @@ def load_coco(path: str, annotated: bool = True) -> dict[str, Any]:
     for key in wanted:
         if not content[key]:
             raise DataError(f'annotation file {path} has no {key}: the list is empty')
-    required = {'images': ('id', 'file_name', 'width', 'height'), 'categories': ('id', 'name')}
-    required['annotations'] = ('id', 'image_id', 'category_id', 'bbox', 'area')
-    for key, names in required.items():
+    for key, kinds in FIELDS.items():
         for number, entry in enumerate(content.get(key) or ()):
-            lacking = [name for name in names if name not in entry] if isinstance(entry, dict) else list(names)
-            if lacking:
-                raise DataError(f'annotation file {path}: entry {number} of {key} lacks {", ".join(lacking)}')
+            fields = entry if isinstance(entry, dict) else {}
+            wrong = [name for name, kind in kinds.items() if not isinstance(fields.get(name, MISSING), kind)]
+            if not wrong:
+                continue
+            where = f'annotation file {path}: entry {number} of {key}'
+            if lacking := [name for name in wrong if name not in fields]:
+                raise DataError(f'{where} lacks {", ".join(lacking)}')
+            name = wrong[0]
+            raise DataError(f'{where} has {name}={shorten(repr(fields[name]), 60)}: expected {EXPECTED[kinds[name]]}')
     for number, annotation in enumerate(content.get('annotations') or ()):
         box = annotation['bbox']
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
+        if len(box) != 4 or not all(isinstance(value, int | float) for value in box):
             raise DataError(
                 f'annotation file {path}: entry {number} of annotations has bbox={box!r}: expected four numbers, '
                 'x, y, width and height'
+            )
+        if not isinstance(mask := annotation.get('segmentation'), list | dict | None):
+            raise DataError(
+                f'annotation file {path}: entry {number} of annotations has segmentation={mask!r}: expected polygons '
+                'or a run-length encoding'
             )
     return content
 

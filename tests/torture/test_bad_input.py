@@ -26,7 +26,7 @@ from repvit_mm.deploy.predict import predict_all
 from repvit_mm.deploy.results import ResultFolder
 from repvit_mm.deploy.sources import Source
 from repvit_mm.deploy.torch_predictor import ModelPredictor
-from repvit_mm.files import UNFINISHED
+from repvit_mm.files import UNFINISHED, Claim
 
 pytestmark = pytest.mark.needs_ops
 
@@ -39,7 +39,7 @@ class Row:
     """What is done, and what is said.
 
     Args:
-        command: A launcher and its arguments.
+        command: A launcher and its arguments; ``%20`` is a space within one.
         says: What the last line on stderr has to hold; of a run that succeeds, all that it prints.
         status: Exit status.
         before: Prepares the folder, which is a copy of its own then.
@@ -100,6 +100,16 @@ def shortened(name: str) -> Callable[[Path], None]:
     return before
 
 
+def claimed(name: str) -> Callable[[Path], None]:
+    """Does what a run that goes on in a folder does; this process holds the claim as long as it lives."""
+
+    def before(folder: Path) -> None:
+        (folder / name).mkdir()
+        Claim(folder / name)
+
+    return before
+
+
 FIRST = f'{COCO}/train2017/train_000000.jpg'
 VALIDATED = f'{COCO}/val2017/val_000000.jpg'
 LABELS = f'{ADE}/annotations/training/train_000000.png'
@@ -131,6 +141,39 @@ ROWS = {
     'batch size of zero': Row('train.py det.py --cfg-options train_dataloader.batch_size=0', ('batch_size',)),
     'negative learning rate': Row(
         'train.py seg.py --cfg-options optimizer.lr=-1 optim_wrapper.optimizer.lr=-1', ('learning rate',)
+    ),
+    'no epochs': Row('train.py det.py --cfg-options train_cfg.max_epochs=0', ('train_cfg.max_epochs=0: expected',)),
+    'number of iterations in words': Row(
+        'train.py seg.py --cfg-options train_cfg.max_iters=many', ("train_cfg.max_iters='many': expected",)
+    ),
+    'validation after no iterations': Row(
+        'train.py seg.py --cfg-options train_cfg.val_interval=0', ('train_cfg.val_interval=0: expected',)
+    ),
+    'config with a byte order mark': Row(
+        'train.py bom.py',
+        ('config bom.py cannot be read', 'without a byte order mark'),
+        before=lambda folder: (folder / 'bom.py').write_text((folder / 'det.py').read_text(), encoding='utf-8-sig'),
+    ),
+    'config in a folder with spaces, of lines that end as on Windows': Row(
+        'train.py a%20b/c%20d.py --cfg-options train_cfg.max_iters=4',
+        ('Iter(train) [4/4]',),
+        status=0,
+        before=lambda folder: (
+            (folder / 'a b').mkdir(),
+            (folder / 'a b/c d.py').write_text((folder / 'seg.py').read_text(), newline='\r\n'),
+        ),
+    ),
+    'optimizer of another name': Row(
+        'train.py det.py --cfg-options optim_wrapper.optimizer.type=Adamw', ('optim_wrapper cannot be built', 'Adamw')
+    ),
+    'learning rate in words': Row(
+        'train.py det.py --cfg-options optim_wrapper.optimizer.lr=fast', ('optim_wrapper cannot be built', "'fast'")
+    ),
+    'process of a job that nothing has started': Row(
+        'train.py det.py --launcher slurm', ('--launcher slurm: SLURM_PROCID is not set', 'srun')
+    ),
+    'value without an option': Row(
+        'train.py det.py --cfg-options =3', ('--cfg-options =3: expected KEY=VALUE',), status=2
     ),
     'option without a value': Row(
         'train.py det.py --cfg-options model', ('--cfg-options model: expected KEY=VALUE',), status=2
@@ -168,6 +211,20 @@ ROWS = {
     'boxes of two numbers': Row('train.py det.py', ('instances_train2017.json', 'bbox'), before=each(bbox=[3, 3])),
     'boxes of words': Row(
         'train.py det.py', ('instances_train2017.json', 'bbox'), before=each(bbox=['a', 'b', 'c', 'd'])
+    ),
+    'masks that are numbers': Row(
+        'train.py det.py', ('instances_train2017.json', 'has segmentation=5: expected'), before=each(segmentation=5)
+    ),
+    'areas in words': Row(
+        'train.py det.py', ("instances_train2017.json: entry 0 of annotations has area='big'",), before=each(area='big')
+    ),
+    'annotation file with a byte order mark': Row(
+        'train.py det.py',
+        ('instances_train2017.json is not JSON: Unexpected UTF-8 BOM',),
+        before=annotations(lambda content: '\ufeff' + json.dumps(content)),
+    ),
+    'annotation file of nothing but brackets': Row(
+        'train.py det.py', ('instances_train2017.json is not JSON',), before=annotations(lambda _: '[' * 99_999)
     ),
     'polygons of two points': Row(
         'train.py det.py', ('no box of any class',), before=each(segmentation=[[1, 1, 9, 9]])
@@ -219,7 +276,9 @@ ROWS = {
         'train.py seg.py', ('label 199', 'is beyond the 7 classes', LABELS), before=image(LABELS, 'L', (64, 64))
     ),
     'label out of range that nobody looked for': Row(
-        f'train.py seg.py {SKIP}', ('Target 199 is out of bounds',), before=image(LABELS, 'L', (64, 64))
+        f'train.py seg.py {SKIP}',
+        (f'label 199 in {LABELS} of {SEEN} is no class, expected 0 to 6, or 255', 'Target 199 is out of bounds'),
+        before=image(LABELS, 'L', (64, 64)),
     ),
     'label map of colours': Row('train.py seg.py', ('hold colours', LABELS), before=image(LABELS, 'RGB', (64, 64))),
     'text for a label map': Row('train.py seg.py', (LABELS, 'cannot be read'), before=file(LABELS, b'no labels')),
@@ -268,6 +327,9 @@ ROWS = {
         'convert_checkpoint.py b.pth det.py/o.pth',
         ('det.py/o.pth cannot be written',),
         before=lambda f: torch.save(RepViT('m0_6').state_dict(), f / 'b.pth'),
+    ),
+    'work folder of a run that goes on': Row(
+        'train.py seg.py', ('another run writes into', 'work'), before=claimed('work')
     ),
     # What works all the same.
     'images without any box in a batch': Row(
@@ -336,7 +398,7 @@ def test_row(folder: Path, row: Row) -> None:
     if row.before:
         row.before(folder)
     before = contents(folder)
-    tool, *arguments = row.command.split()
+    tool, *arguments = (word.replace('%20', ' ') for word in row.command.split())
     if tool in ('train.py', 'test.py') and '--work-dir' not in arguments:
         arguments[1 if tool == 'train.py' else 2 : 0] = ['--work-dir', 'work']
     limited = row.limit and partial(resource.setrlimit, resource.RLIMIT_FSIZE, (row.limit, row.limit))

@@ -7,14 +7,15 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 from programs import launch
-from test_resume import KILLED, differences, lasting
+from test_resume import KILLED, differences, free_port, lasting
 from tiny import ADE, COCO, CONFIGS, LAST, write_tiny
 
 from repvit_mm.checkpoint import read_checkpoint
@@ -43,7 +44,12 @@ class Fault(Hook):
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         elif fault == 'lost images':
             Path('images').rename('elsewhere')
+        elif fault == 'Ctrl-C':
+            os.killpg(0, signal.SIGINT)
 """
+KILLS = 30
+"""How often the runs of a task are killed."""
+
 IMAGES = {'det': f'{COCO}/train2017', 'seg': f'{ADE}/images/training'}
 
 
@@ -73,7 +79,7 @@ def train(folder: Path, task: str, *arguments: str, **options: object) -> subpro
 def result(folder: Path, task: str) -> dict:
     """What a run that has come to its end leaves."""
     path = Path((folder / 'work/last_checkpoint').read_text())
-    assert path.name.endswith(LAST[task])  # stopped_iter_N.pth if it was asked to stop in its last iteration
+    assert path.name == LAST[task]
     return lasting(read_checkpoint(folder / path))
 
 
@@ -125,14 +131,17 @@ def kill_within_write(folder: Path, seconds: float, patience: float, process: in
 @long
 @tasks
 def test_killed_at_random_moments(scene, tmp_path, undisturbed, tried, torture_seed, task):
-    """Fifteen times, in as many runs as that takes; a run that comes to its end has the weights of any other."""
+    """Thirty times, in as many runs as that takes; a run that comes to its end has the weights of any other.
+
+    The moments lie in the whole life of a run, from its start on.
+    """
     expected, seconds = undisturbed(task)
     moments = random.Random(f'{torture_seed} {task}')
     folder = copy_scene(scene, tmp_path)
     kills = 0
     while True:
         begun = time.monotonic()
-        hit = partial(send, signal.SIGKILL, moments.uniform(0.1, 0.9) * seconds) if kills < 15 else None
+        hit = partial(send, signal.SIGKILL, moments.uniform(0, 1) * seconds) if kills < KILLS else None
         done = train(folder, task, '--resume', meanwhile=hit)
         check_files(folder)
         if done.returncode == KILLED:
@@ -141,7 +150,7 @@ def test_killed_at_random_moments(scene, tmp_path, undisturbed, tried, torture_s
             continue
         assert done.returncode == 0, done.stderr[-2000:]
         assert not differences(result(folder, task), expected), kills
-        if kills == 15:
+        if kills == KILLS:
             break
         seconds = min(seconds, time.monotonic() - begun)
         shutil.rmtree(folder / 'work')
@@ -180,6 +189,125 @@ def test_asked_to_stop_at_random_moments(scene, tmp_path, undisturbed, tried, to
         check_files(folder)
     assert train(folder, task, '--resume').returncode == 0
     assert not differences(result(folder, task), expected)
+
+
+@long
+@tasks
+def test_ctrl_c_in_a_terminal_is_told_in_one_line(scene, tmp_path, task):
+    """A terminal sends it to the workers too."""
+    folder = copy_scene(scene, tmp_path)
+    workers = ['--cfg-options', 'train_dataloader.num_workers=2']
+    done = train(folder, task, *workers, first=os.setsid, FAULT='Ctrl-C')
+    assert done.returncode == 128 + signal.SIGINT and 'Traceback' not in done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1].endswith('stopped_iter_7.pth is saved, --resume goes on')
+
+
+TWICE_AS_LONG = {
+    'det': ('epoch_12.pth', ['train_cfg.max_epochs=12', 'train_cfg.val_interval=12']),
+    'seg': (
+        'iter_24.pth',
+        ['train_cfg.max_iters=24', 'train_cfg.val_interval=24', 'model.decode_head.norm_cfg.type=BN'],
+    ),
+}
+"""What 24 iterations of two processes end with, and their settings; SyncBN needs a GPU."""
+
+
+class TwoProcesses:
+    """Runs of two processes that talk over gloo: 24 iterations, of which the two compare notes at every tenth.
+
+    Args:
+        scene: The data and the configs.
+        folder: Gets a copy of them.
+        task: A key of ``CONFIGS``.
+    """
+
+    def __init__(self, scene: Path, folder: Path, task: str) -> None:
+        self.folder = copy_scene(scene, folder)
+        self.task = task
+        self.last, settings = TWICE_AS_LONG[task]
+        self.settings = ('--cfg-options', *settings, 'env_cfg.dist_cfg.timeout=15')
+
+    def train(self, meanwhile: Sequence[Callable[[int], None] | None] = (None, None)) -> list:
+        """Go on in both processes, with something that is done to each; returns how they have ended."""
+        meeting = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
+
+        def run(rank: int) -> subprocess.CompletedProcess:
+            environment = dict(RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
+            arguments = ('--resume', '--launcher', 'pytorch', *self.settings)
+            return train(self.folder, self.task, *arguments, meanwhile=meanwhile[rank], **environment)
+
+        with ThreadPoolExecutor(2) as pool:
+            return [*pool.map(run, (0, 1))]
+
+    def result(self) -> dict:
+        """What the two have learned."""
+        path = Path((self.folder / 'work/last_checkpoint').read_text())
+        assert path.name == self.last
+        return lasting(read_checkpoint(self.folder / path))
+
+
+@pytest.fixture(scope='module')
+def undisturbed_two(scene: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[dict, float]]:
+    """What two processes end in that nobody disturbs, and how many seconds they take."""
+    done: dict[str, tuple[dict, float]] = {}
+
+    def run(task: str) -> tuple[dict, float]:
+        if task not in done:
+            two = TwoProcesses(scene, tmp_path_factory.mktemp(task), task)
+            begun = time.monotonic()
+            assert [process.returncode for process in two.train()] == [0, 0]
+            done[task] = two.result(), time.monotonic() - begun
+        return done[task]
+
+    return run
+
+
+@long
+@tasks
+def test_one_of_two_processes_is_killed(scene, tmp_path, undisturbed_two, tried, torture_seed, task):
+    """The other one ends too, and says why; the run goes on in two processes, and would in one."""
+    expected, seconds = undisturbed_two(task)
+    moments = random.Random(f'two {torture_seed} {task}')
+    two = TwoProcesses(scene, tmp_path / 'two', task)
+    for number in range(4):
+        tried()
+        killed = number % 2
+        meanwhile = [None, None]
+        meanwhile[killed] = partial(send, signal.SIGKILL, moments.uniform(0, 0.9) * seconds)
+        done = two.train(meanwhile)
+        assert 'Traceback' not in ''.join(process.stdout + process.stderr for process in done)
+        if done[killed].returncode == KILLED and done[1 - killed].returncode:
+            assert done[1 - killed].returncode == 1
+            assert 'another process of this job has ended or does not answer' in done[1 - killed].stderr
+        check_files(two.folder)
+        if not any(process.returncode for process in done):
+            assert not differences(two.result(), expected)
+            shutil.rmtree(two.folder / 'work')
+    alone = copy_scene(two.folder, tmp_path / 'alone')
+    assert [process.returncode for process in two.train()] == [0, 0]
+    assert not differences(two.result(), expected)
+    assert train(alone, task, '--resume', *two.settings).returncode == 0
+
+
+@long
+@tasks
+def test_both_processes_are_asked_to_stop(scene, tmp_path, undisturbed_two, task):
+    """As slurm asks them: within training, when something has been saved already."""
+    expected, seconds = undisturbed_two(task)
+    two = TwoProcesses(scene, tmp_path, task)
+
+    def ask(process: int) -> None:
+        given_up = time.monotonic() + 4 * seconds
+        while time.monotonic() < given_up and not [*two.folder.glob('work/*.pth')]:
+            time.sleep(0.01)
+        send(signal.SIGTERM, 0, process)
+
+    done = two.train([ask, ask])
+    assert [process.returncode for process in done] == [128 + signal.SIGTERM] * 2
+    for process in done:
+        assert process.stderr.splitlines()[-1].endswith('1.pth is saved, --resume goes on')
+    assert [process.returncode for process in two.train()] == [0, 0]
+    assert not differences(two.result(), expected)
 
 
 FAULTS = {
