@@ -74,6 +74,13 @@ def test_a_library_that_cannot_be_imported_is_told_in_one_line(tmp_path, launche
     assert done.stderr.startswith(f'{program}: {text} (') and '.venv' in done.stderr
 
 
+def test_export_needs_no_library_of_another_target(tmp_path):
+    for library in ('onnx', 'onnxruntime', 'openvino', 'executorch', 'coremltools'):
+        (tmp_path / f'{library}.py').write_text('raise ImportError\n')
+    done = run(tmp_path, 'export', '--help')
+    assert done.returncode == 0 and done.stdout.startswith('usage: repvit-mm export '), done.stderr
+
+
 def test_other_faults_keep_their_traceback(tmp_path):
     (tmp_path / 'cv2.py').write_text("raise ImportError('gone', name='repvit_mm.gone')\n")
     assert 'Traceback' in run(tmp_path, 'check-data', '--help').stderr
