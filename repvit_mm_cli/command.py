@@ -61,7 +61,7 @@ def build_parser(names: dict[str, Path]) -> argparse.ArgumentParser:
 
 
 def run(launcher: Path, name: str, arguments: Sequence[str]) -> None:
-    """Run a launcher in this process as Python would run it; exits with one line without torch or MMEngine."""
+    """Run a launcher in this process as Python would run it."""
     sys.argv = [f'repvit-mm {name}', *arguments]
     sys.path.insert(0, str(launcher.parent))  # launchers share modules
     # runpy would put the launcher's path in the place of the command's name.
@@ -69,12 +69,7 @@ def run(launcher: Path, name: str, arguments: Sequence[str]) -> None:
     module = importlib.util.module_from_spec(spec)
     module.__spec__ = None  # as in a program: spawned processes then load it by its path
     sys.modules['__main__'] = module
-    try:
-        spec.loader.exec_module(module)
-    except ModuleNotFoundError as error:
-        if error.name not in ('torch', 'mmengine'):
-            raise
-        sys.exit(f'repvit-mm {name} needs {error.name}, which is not installed: repvit-mm doctor says what to install')
+    spec.loader.exec_module(module)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

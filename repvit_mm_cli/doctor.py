@@ -20,13 +20,22 @@ from typing import Any, Literal
 SECONDS = 180
 """Seconds after which importing a library is given up."""
 
-REBUILD = (
-    'build mmcv for this torch: pip uninstall {0}, then '
-    'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir {0}'
-)
-
-EXPORT = ('onnx', 'onnxruntime', 'openvino', 'nncf', 'coremltools', 'executorch')
-TOOLS = ('supervision', 'cv2', 'rich', 'pycocotools', 'sahi', 'tensorboard', 'shtab')
+OPTIONAL = {
+    'onnx': 'ONNX and OpenVINO files, int8',
+    'onnxruntime': 'ONNX files, int8',
+    'openvino': 'OpenVINO files',
+    'nncf': 'int8 in OpenVINO',
+    'coremltools': 'Core ML files',
+    'executorch': 'ExecuTorch files',
+    'torchao': 'int8 in ExecuTorch',
+    'supervision': 'repvit-mm predict',
+    'cv2': 'reading and drawing images',
+    'rich': 'progress and tables',
+    'pycocotools': "COCO's metric",
+    'tensorboard': '--vis-backend tensorboard',
+    'shtab': 'repvit-mm completion',
+}
+"""Module that only some commands need -> what it is for."""
 PIP = {'cv2': 'opencv-python-headless', 'mmseg': 'mmsegmentation', 'pkg_resources': '"setuptools<81"'}
 """Module -> its name for pip, where the two differ."""
 FORK = 'onedl-'
@@ -118,15 +127,28 @@ def names_for_pip(table: ModuleType | None) -> dict[str, str]:
     return {**PIP, **forks} if any(map(has_distribution, forks.values())) else PIP
 
 
+def build_command(mmcv: str = 'mmcv') -> str:
+    """What builds mmcv with its compiled operators for the torch that is there; ``mmcv`` is its name for pip."""
+    # MMDetection 3.3 and MMSegmentation 1.2.2 refuse mmcv 2.2.
+    requirement = '"mmcv<2.2"' if mmcv == 'mmcv' else mmcv
+    return f'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps {requirement}'
+
+
 def module_line(module: str, found: dict[str, Any], needed: bool, names: Mapping[str, str] = PIP) -> Line:
     """The check of a module that was imported; ``names`` are pip's."""
     install = f'pip install {names.get(module, module)}'
     if is_absent(found, module):
-        return Line('broken' if needed else 'absent', module, 'not installed', install if needed else '')
+        if not needed and module not in OPTIONAL:
+            return Line('absent', module, 'not installed')
+        purpose = f'for {OPTIONAL[module]}: ' if module in OPTIONAL else ''
+        return Line('broken' if needed else 'absent', module, 'not installed', purpose + install)
     if 'error' in found:
-        return Line(
-            'broken', module, f'installed, but cannot be imported: {reason(found)}', f'{install} --force-reinstall'
-        )
+        cure = f'{install} --force-reinstall'
+        if 'MMCV==' in found['error']:
+            cure = build_command(names.get('mmcv', 'mmcv'))
+        elif (other := found.get('absent') or module).partition('.')[0] != module:
+            cure = f'install {other}, which it needs'
+        return Line('broken', module, f'installed, but cannot be imported: {reason(found)}', cure)
     return Line('ok', module, found.get('version') or 'works')
 
 
@@ -171,7 +193,7 @@ def processor_lines() -> Iterable[Line]:
 
 def operator_line(found: dict[str, Any], mmcv: str = 'mmcv') -> Line:
     """What to say of mmcv's compiled operators, if pip calls it so."""
-    name, rebuild = 'mmcv operators', REBUILD.format(mmcv)
+    name, rebuild = 'mmcv operators', f'build mmcv for this torch: {build_command(mmcv)}'
     if 'error' in found:
         text = reason(found)
         if "No module named 'mmcv._ext'" in found['error']:
@@ -226,7 +248,7 @@ def examine(config: str | None = None) -> Iterable[Line]:
         yield Line('broken', 'Python', text, 'install Python 3.10 or later')
     folder = package_folder()
     frameworks = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg')
-    others = ('repvit_mm', 'safetensors', 'pkg_resources', 'ftfy', 'regex', *EXPORT, *TOOLS)
+    others = ('repvit_mm', 'safetensors', 'pkg_resources', 'ftfy', 'regex', *OPTIONAL)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         looks = {name: (name,) if name == 'torch' else ('module', name) for name in frameworks}
         looks |= {'operators': ('operators',), 'config': ('config', str(config))}
@@ -258,9 +280,12 @@ def examine(config: str | None = None) -> Iterable[Line]:
         yield line('mmengine', needed=True)
         there = {name: not is_absent(found(name), name) for name in ('mmcv', 'mmdet', 'mmseg')}
         tasks = there['mmdet'] or there['mmseg']
-        yield line('mmcv', needed=tasks)
+        mmcv = names.get('mmcv', 'mmcv')
         if there['mmcv']:
-            yield operator_line(found('operators'), names.get('mmcv', 'mmcv'))
+            yield line('mmcv', needed=tasks)
+            yield operator_line(found('operators'), mmcv)
+        else:
+            yield Line('broken' if tasks else 'absent', 'mmcv', 'not installed', build_command(mmcv))
         scope = found('config').get('scope') if 'config' in jobs else None
         for name in ('mmdet', 'mmseg'):
             yield line(name, needed=name == scope)
@@ -277,7 +302,7 @@ def examine(config: str | None = None) -> Iterable[Line]:
         yield line('pkg_resources', needed=has_distribution('mmengine'))
         for name in ('ftfy', 'regex'):
             yield line(name, needed=there['mmseg'])
-        for name in (*EXPORT, *TOOLS):
+        for name in OPTIONAL:
             yield line(name, needed=False)
         if 'config' in jobs:
             yield from config_lines(config, found('config'))

@@ -47,11 +47,45 @@ def test_arguments_status_and_name_are_the_launcher_s(tmp_path):
     assert done.returncode == 2 and 'usage: repvit-mm plot-log' in done.stderr
 
 
-def test_missing_framework_is_told_in_one_line(tmp_path):
-    (tmp_path / 'torch.py').write_text("raise ModuleNotFoundError('No module named torch', name='torch')\n")
-    done = run(tmp_path, 'train', '--help')
+@pytest.mark.parametrize(
+    ('launcher', 'library', 'fault'),
+    [
+        ('train', 'torch', "ModuleNotFoundError('no torch here', name='torch')"),
+        ('predict', 'supervision', "ModuleNotFoundError('no supervision here', name='supervision')"),
+        ('check_data', 'cv2', "ImportError('libGL.so.1: cannot open', name='cv2')"),
+    ],
+)
+def test_a_library_that_cannot_be_imported_is_told_in_one_line(tmp_path, launcher, library, fault):
+    (tmp_path / f'{library}.py').write_text(f'raise {fault}\n')
+    text = fault.split("'")[1]
+    command = launcher.replace('_', '-')
+    done = run(tmp_path, command, '--help')
+    expected = f'repvit-mm {command}: {text} ({sys.executable}); repvit-mm doctor says what to install\n'
+    assert done.returncode == 1 and done.stderr == expected
+    assert 'Traceback' in run(tmp_path, command, '--help', '--debug').stderr
+    program = str(ROOT / 'tools' / f'{launcher}.py')
+    done = subprocess.run(
+        [sys.executable, program, '--help'],
+        capture_output=True,
+        text=True,
+        env={'PYTHONPATH': f'{tmp_path}:{ROOT}'},
+    )
     assert done.returncode == 1 and done.stderr.count('\n') == 1
-    assert done.stderr.startswith('repvit-mm train needs torch, which is not installed: repvit-mm doctor ')
+    assert done.stderr.startswith(f'{program}: {text} (') and '.venv' in done.stderr
+
+
+def test_export_needs_no_library_of_another_target(tmp_path):
+    for library in ('onnx', 'onnxruntime', 'openvino', 'executorch', 'coremltools'):
+        (tmp_path / f'{library}.py').write_text('raise ImportError\n')
+    done = run(tmp_path, 'export', '--help')
+    assert done.returncode == 0 and done.stdout.startswith('usage: repvit-mm export '), done.stderr
+
+
+def test_other_faults_keep_their_traceback(tmp_path):
+    (tmp_path / 'cv2.py').write_text("raise ImportError('gone', name='repvit_mm.gone')\n")
+    assert 'Traceback' in run(tmp_path, 'check-data', '--help').stderr
+    (tmp_path / 'cv2.py').write_text("raise ValueError('odd')\n")
+    assert 'Traceback' in run(tmp_path, 'check-data', '--help').stderr
 
 
 def test_unknown_command_and_none(tmp_path):

@@ -280,9 +280,9 @@ def test_failing_exporter_is_reported_in_one_line(tmp_path, monkeypatch):
         make('onnx', 'semantic_fpn', tmp_path)
 
 
-def test_missing_library_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(EXPORTERS, 'onnx', replace(EXPORTERS['onnx'], library=('no_such_library',)))
-    with pytest.raises(ExportError, match='needs the package no_such_library: pip install no_such_library'):
+def test_missing_libraries_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(EXPORTERS, 'onnx', replace(EXPORTERS['onnx'], libraries=('no_such', 'torch', 'nor_this')))
+    with pytest.raises(ExportError, match='onnx needs the package no_such and nor_this: pip install no_such nor_this'):
         make('onnx', 'semantic_fpn', tmp_path)
 
 

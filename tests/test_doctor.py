@@ -10,7 +10,7 @@ import pytest
 from repvit_mm_cli import doctor
 
 ROOT = Path(__file__).parents[1]
-ALL = (*doctor.EXPORT, *doctor.TOOLS)
+ALL = tuple(doctor.OPTIONAL)
 MODULES = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'safetensors', 'pkg_resources', 'ftfy', 'regex')
 
 TORCH = """
@@ -48,11 +48,10 @@ def stub(folder: Path, name: str, content: str = "__version__ = '1.0'\n") -> Non
 @pytest.fixture
 def stubs(tmp_path, monkeypatch) -> Path:
     """Stand-ins for all that the doctor looks at; every one works."""
-    # Two of each kind stand for all: each is a process.
-    monkeypatch.setattr(doctor, 'EXPORT', ('openvino', 'onnx'))
-    monkeypatch.setattr(doctor, 'TOOLS', ('rich', 'cv2'))
+    # Four stand for all: each is a process.
+    monkeypatch.setattr(doctor, 'OPTIONAL', dict(openvino='files', onnx='files', rich='tables', cv2='images'))
     folder = tmp_path / 'stubs'
-    for name in (*MODULES, *doctor.EXPORT, *doctor.TOOLS):
+    for name in (*MODULES, *doctor.OPTIONAL):
         stub(folder, name)
     stub(folder, 'torch', TORCH.format(cuda=None))
     stub(folder, 'repvit_mm')
@@ -69,7 +68,7 @@ def examine(stubs: Path, monkeypatch, config: str | None = None) -> dict[str, do
 def test_nothing_is_wrong_with_stubs_that_work(stubs, monkeypatch):
     lines = examine(stubs, monkeypatch)
     assert {line.mark for line in lines.values()} == {'ok'}
-    assert {'Python', 'torch', 'devices', 'mmcv operators', *MODULES, *doctor.EXPORT, *doctor.TOOLS} <= lines.keys()
+    assert {'Python', 'torch', 'devices', 'mmcv operators', *MODULES, *doctor.OPTIONAL} <= lines.keys()
     assert lines['devices'].text == 'CPU, 3 threads'
 
 
@@ -135,21 +134,36 @@ def test_operators_that_do_not_fit_torch(stubs, monkeypatch, cuda, torch_cuda, k
     stub(stubs, 'torch', TORCH.format(cuda=torch_cuda))
     stub(stubs, 'mmcv/ops', OPERATORS.format(cuda=cuda, kept=kept))
     line = examine(stubs, monkeypatch)['mmcv operators']
-    assert line.mark == 'broken' and expected in line.text and line.cure == doctor.REBUILD.format('mmcv')
+    assert line.mark == 'broken' and expected in line.text and line.cure.endswith(doctor.build_command())
 
 
 def test_operators_of_another_torch(stubs, monkeypatch):
     stub(stubs, 'mmcv/ops', "raise ImportError('_ext.so: undefined symbol: _ZN3c10')")
     line = examine(stubs, monkeypatch)['mmcv operators']
-    assert 'mmcv was built for another torch' in line.text and line.cure == doctor.REBUILD.format('mmcv')
+    assert 'mmcv was built for another torch' in line.text and line.cure.endswith(doctor.build_command())
 
 
 def test_absent_is_broken_only_where_it_is_needed():
     absent = {'error': "ModuleNotFoundError: No module named 'x'", 'absent': 'x'}
     assert doctor.module_line('x', absent, needed=True).mark == 'broken'
     assert doctor.module_line('x', absent, needed=False).mark == 'absent'
+    # What only some commands need is named with its purpose.
+    line = doctor.module_line('shtab', dict(absent, absent='shtab'), needed=False)
+    assert line.mark == 'absent' and line.cure == 'for repvit-mm completion: pip install shtab'
     # A part of it, or what it imports, is missing: it is there, and broken.
     assert doctor.module_line('x', dict(absent, absent='x.y'), needed=False).mark == 'broken'
+
+
+@pytest.mark.parametrize(
+    ('found', 'cure'),
+    [
+        ({'error': "ModuleNotFoundError: No module named 'mmcv'", 'absent': 'mmcv'}, 'install mmcv, which it needs'),
+        ({'error': "ModuleNotFoundError: No module named 'mmdet.x'", 'absent': 'mmdet.x'}, '--force-reinstall'),
+        ({'error': 'AssertionError: MMCV==2.2.0 is used but incompatible.', 'absent': None}, '"mmcv<2.2"'),
+    ],
+)
+def test_the_cure_is_for_what_is_at_fault(found, cure):
+    assert doctor.module_line('mmdet', found, needed=True).cure.endswith(cure)
 
 
 def pretend_installed(monkeypatch, distributions: dict[str, str]) -> None:

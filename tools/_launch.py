@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import traceback
-import warnings
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,30 +15,24 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-# mmengine 0.10 still imports pkg_resources, which says at every import that it will go.
-warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.logging import MMLogger
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
 
-import torch  # noqa: E402
-from mmengine.config import Config, DictAction  # noqa: E402
-from mmengine.device import get_device  # noqa: E402
-from mmengine.logging import MMLogger  # noqa: E402
-from mmengine.registry import RUNNERS  # noqa: E402
-from mmengine.runner import Runner  # noqa: E402
-
-try:
-    from repvit_mm.backbone import check_channels
-    from repvit_mm.checkpoint import CheckpointError, check_file, download
-    from repvit_mm.compat.pytorch import lost_process
-    from repvit_mm.data_check import DataError, check_config, check_readable
-    from repvit_mm.data_check.paths import is_there, wanted_paths
-    from repvit_mm.deploy.metadata import TASKS
-    from repvit_mm.deploy.runtimes import RuntimeFileError
-    from repvit_mm.hooks import FusionError, NonFiniteError
-    from repvit_mm.messages import Parser, one_line, start  # noqa: F401
-    from repvit_mm.resume import FolderInUseError, Stopped
-    from repvit_mm.samples import SampleError, name_samples
-except ImportError as error:
-    sys.exit(f'{error} (a checkout is installed by: pip install -e .)')
+from repvit_mm.backbone import check_channels
+from repvit_mm.checkpoint import CheckpointError, check_file, download
+from repvit_mm.compat.pytorch import lost_process
+from repvit_mm.data_check import DataError, check_config, check_readable
+from repvit_mm.data_check.paths import is_there, wanted_paths
+from repvit_mm.deploy.metadata import TASKS
+from repvit_mm.deploy.runtimes import RuntimeFileError
+from repvit_mm.hooks import FusionError, NonFiniteError
+from repvit_mm.messages import Parser, one_line, start  # noqa: F401
+from repvit_mm.resume import FolderInUseError, Stopped
+from repvit_mm.samples import SampleError, name_samples
 
 TOOLS = Path(__file__).resolve().parent
 

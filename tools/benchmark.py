@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import _first  # noqa: F401
 import torch
 from _launch import (
     Parser,

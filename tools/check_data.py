@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import _first  # noqa: F401
 import cv2
 from _launch import Parser, Settings, check_data, read_config, start
 from mmengine.config import Config

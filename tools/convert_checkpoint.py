@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import _first  # noqa: F401
+
 from repvit_mm.checkpoint import CheckpointError, read_checkpoint, trust
 from repvit_mm.conversion import content_of, convert, metadata_of, to_pth, to_safetensors
 from repvit_mm.files import write_whole

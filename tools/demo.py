@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import _first  # noqa: F401
 import cv2
 import torch
 from _launch import TOOLS, ToolError, read_config, run_test, run_tool, start

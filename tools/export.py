@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import _first  # noqa: F401
 from _launch import Parser, Settings, check_checkpoint, read_config, start
 
 from repvit_mm.checkpoint import CheckpointError, trust

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+import _first  # noqa: F401
 from rich.progress import track
 
 from repvit_mm.datasets.shapes import write_shapes

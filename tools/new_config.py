@@ -5,11 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-try:
-    from repvit_mm.files import write_whole
-    from repvit_mm.messages import Parser, start
-except ImportError as error:
-    sys.exit(f'{error} (a checkout is installed by: pip install -e .)')
+import _first  # noqa: F401
+
+from repvit_mm.files import write_whole
+from repvit_mm.messages import Parser, start
 
 CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
 TEMPLATES = {'det': 'mask_rcnn_repvit_m0_9_custom.py', 'seg': 'fpn_repvit_m0_9_custom.py'}

@@ -4,11 +4,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-try:
-    from repvit_mm.logs import LogError, draw_runs, read_run
-    from repvit_mm.messages import Parser, start
-except ImportError as error:
-    sys.exit(f'{error} (a checkout is installed by: pip install -e .)')
+import _first  # noqa: F401
+
+from repvit_mm.logs import LogError, draw_runs, read_run
+from repvit_mm.messages import Parser, start
 
 
 def main(argv: Sequence[str] | None = None) -> None:

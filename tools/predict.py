@@ -4,24 +4,23 @@ import argparse
 import sys
 from pathlib import Path
 
-try:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+import _first  # noqa: F401
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-    from repvit_mm.deploy.predict import FilePredictor, Predictor, SlicedPredictor, predict_all
-    from repvit_mm.deploy.results import ResultFolder
-    from repvit_mm.deploy.runtimes import RUNTIMES, RuntimeFileError
-    from repvit_mm.deploy.sources import Source, SourceError, find_sources
-    from repvit_mm.messages import Parser, start
-except ImportError as error:
-    sys.exit(f"{error} (this tool needs: pip install 'repvit_mm[runtime]', in a checkout: pip install -e '.[runtime]')")
+from repvit_mm.deploy.predict import FilePredictor, Predictor, SlicedPredictor, predict_all
+from repvit_mm.deploy.results import ResultFolder
+from repvit_mm.deploy.runtimes import RUNTIMES, RuntimeFileError
+from repvit_mm.deploy.sources import Source, SourceError, find_sources
+from repvit_mm.messages import Parser, start
+
 try:
     from mmengine.config import DictAction
 except ImportError:  # files run without it

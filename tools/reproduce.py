@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import _first  # noqa: F401
 import yaml
 from _launch import TOOLS, Parser, ToolError, run_test, start
 from rich.console import Console

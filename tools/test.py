@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import _first  # noqa: F401
 from _launch import (
     Parser,
     add_common_arguments,

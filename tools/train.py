@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+import _first  # noqa: F401
 from _launch import (
     Parser,
     add_common_arguments,

@@ -77,7 +77,7 @@ class Exporter:
     Args:
         suffix: The suffix of its name.
         write: The function that writes it.
-        library: The distributions that are needed to make it.
+        libraries: The distributions that are needed to make it.
         suppress: Returns the implementation of non-maximum suppression that the format can represent.
         dynamic: Whether it can take images of any size.
         several_sizes: Whether it can take images of several given sizes.
@@ -88,7 +88,7 @@ class Exporter:
 
     suffix: str
     write: Write
-    library: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
     suppress: Callable[[], Suppress] = lambda: suppress_by_loop
     dynamic: bool = True
     several_sizes: bool = False
@@ -247,7 +247,18 @@ def check_options(target: str, path: Path, options: Options) -> None:
     if options.half and exporter.half not in ('graph', 'file'):
         raise ExportError(f'--half: {exporter.half}')
     if options.bf16 and target != 'openvino':
-        raise ExportError(f'--bf16: only OpenVINO is told so by its file, {target} is not')
+        raise ExportError(f'--bf16 is for --to openvino: a file for {target} cannot ask for it')
+    check_libraries(target, exporter.libraries)
+
+
+def check_libraries(purpose: str, libraries: Sequence[str]) -> None:
+    """Refuse what needs distributions that are not installed.
+
+    Raises:
+        ExportError: that names all of them.
+    """
+    if missing := [library for library in libraries if not versions([library])]:
+        raise ExportError(f'{purpose} needs the package {" and ".join(missing)}: pip install {" ".join(missing)}')
 
 
 @dataclass(frozen=True)
@@ -359,15 +370,13 @@ def write_file(graph: Graph, info: FileInfo, target: str, path: Path, options: O
         ExportError: if the target's library is missing or fails.
     """
     exporter = EXPORTERS[target]
-    for library in exporter.library:
-        if not versions([library]):
-            raise ExportError(f'{target} needs the package {library}: pip install {library}')
+    check_libraries(target, exporter.libraries)
     info = replace(
         info,
         sizes=() if options.dynamic else options.sizes,
         batch=None if options.dynamic else batch,
         precision=options.precision,
-        versions=info.versions | versions(exporter.library),
+        versions=info.versions | versions(exporter.libraries),
     )
     # Two images if their number may vary: torch.export would take a one for a constant.
     images = torch.from_numpy(random_images(2 if options.dynamic else batch, options.sizes[0]))

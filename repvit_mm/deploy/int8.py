@@ -22,9 +22,9 @@ from rich.progress import track
 
 from ..messages import one_line
 from .evaluate import MismatchError, put_file
-from .export import Exportable, Options, build_graph, check_options, export, write_file
+from .export import Exportable, Options, build_graph, check_libraries, check_options, export, write_file
 from .graph import ExportError
-from .load import plain_datasets, test_dataset, versions
+from .load import plain_datasets, test_dataset
 from .metadata import KEY, FileInfo
 from .prediction import fit_image
 from .quantize import write_executorch, write_onnx, write_openvino
@@ -218,9 +218,7 @@ def check_target(target: str, path: Path, options: Options) -> None:
     if options.precision != 'float32':
         raise ExportError(f'--int8 starts from float32: leave {"--bf16" if options.bf16 else "--half"} out')
     check_options(target, path, options)
-    for library in LIBRARIES[target]:
-        if not versions([library]):
-            raise ExportError(f'--int8 for {target} needs the package {library}: pip install {library}')
+    check_libraries(f'--int8 for {target}', LIBRARIES[target])
 
 
 def _quantize(

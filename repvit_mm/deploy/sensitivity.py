@@ -3,15 +3,18 @@
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
-import onnxruntime
 from rich.console import Console
 from rich.progress import track
 
-from .qdq import QdqNetwork
 from .structure import Layer
+
+if TYPE_CHECKING:
+    import onnx
+
+    from .qdq import QdqNetwork
 
 IMAGES = 4
 """How many of the calibration images errors are measured on."""
@@ -89,7 +92,7 @@ def describe(layer: Layer) -> str:
     return f'{layer.module} ({layer.kind})'
 
 
-def measure(network: QdqNetwork, images: Sequence[np.ndarray], threads: int | None = None) -> Sensitivity:
+def measure(network: 'QdqNetwork', images: Sequence[np.ndarray], threads: int | None = None) -> Sensitivity:
     """Quantize one layer at a time; then keep those layers in float that reduce the error of their section.
 
     The most sensitive layers of each section are tried in turn, each with those that were kept before it.
@@ -135,7 +138,7 @@ class _Probe:
     """Runs a network with some layers quantized and compares its outputs with the float network's."""
 
     def __init__(
-        self, network: QdqNetwork, ends: Sequence[Layer], images: Sequence[np.ndarray], threads: int | None
+        self, network: 'QdqNetwork', ends: Sequence[Layer], images: Sequence[np.ndarray], threads: int | None
     ) -> None:
         self._network, self._images, self._threads = network, images, threads
         outputs = {node.name: node.output[0] for node in network.float_model.graph.node}
@@ -158,8 +161,11 @@ class _Probe:
             squares.append(wrong / right if right else wrong)
         return float(np.sqrt(np.mean(squares)))
 
-    def _run(self, model: onnx.ModelProto, names: Sequence[str]) -> list[list[np.ndarray]]:
+    def _run(self, model: 'onnx.ModelProto', names: Sequence[str]) -> list[list[np.ndarray]]:
         """Tensors of a network by their names, for each image."""
+        import onnx
+        import onnxruntime
+
         given = {output.name for output in model.graph.output}
         model.graph.output.extend(
             onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
