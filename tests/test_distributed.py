@@ -54,7 +54,7 @@ def detector() -> Config:
     cfg.model = small.model
     cfg.merge_from_dict(
         {
-            'model.neck.norm_cfg': None,  # the last maps have one place
+            'model.neck.norm_cfg': None,  # each process would normalize by its own half
             'model.bbox_head.norm_cfg': None,
             'model.bbox_head.num_classes': 6,
             'model.bbox_head.anchor_generator.octave_base_scale': 2,
