@@ -4,7 +4,7 @@ PYTHON ?= python3
 STACK ?= openmmlab
 VENV := $(if $(filter openmmlab,$(STACK)),.venv,.venv-$(STACK))
 
-.PHONY: setup demo test torture test-oldest lint docs audit
+.PHONY: setup demo test torture test-oldest test-mmpose lint docs audit
 
 setup:
 	@$(PYTHON) tools/setup_env.py $(STACK)
@@ -24,6 +24,11 @@ torture: setup
 test-oldest:
 	@$(PYTHON) tools/setup_env.py oldest
 	.venv-oldest/bin/python -m pytest -m 'not needs_ops' $(ARGS)
+
+# MMPose, beside the environment: CONTRIBUTING.md says why
+test-mmpose: setup
+	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target build/mmpose mmpose==1.3.2 json-tricks munkres
+	PYTHONPATH=build/mmpose $(VENV)/bin/python -m pytest tests/test_other_libraries.py -k mmpose $(ARGS)
 
 lint: setup
 	$(VENV)/bin/python -m ruff check

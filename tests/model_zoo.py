@@ -39,8 +39,8 @@ INTRODUCTION = f"""\
 <!-- Written by `python tests/model_zoo.py`; `tests/test_model_zoo.py` compares. -->
 
 Accuracy, AP and mIoU are the authors' published figures. They were not measured again here:
-`python tools/reproduce.py` does so for whoever has COCO or ADE20K. Parameters and multiply-accumulates (MACs) are
-counted from the code.
+`python tools/reproduce.py` does so for whoever has COCO, ADE20K or ImageNet. Parameters and multiply-accumulates
+(MACs) are counted from the code.
 
 ## Backbones
 
