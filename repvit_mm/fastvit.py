@@ -30,6 +30,7 @@ from .layers import (
     add_residual,
 )
 from .names import FASTVIT_NAMES
+from .recompute import convolve, training_dtype
 from .reparam import (
     Kernel,
     ReparamBlock,
@@ -59,6 +60,15 @@ class RepMixer(ReparamBlock):
 
     def branches(self, x: Tensor) -> Tensor:
         return x + self.layer_scale * (self.mixer(x) - self.norm(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As every block. Where autocast trains it, the sum is float32, as the layer scale makes it in the branches."""
+        if training_dtype(x) is None or not self.runs_folded():
+            return super().forward(x)
+        kernel = self.kernel()
+        difference = subtract_kernel(kernel, identity_kernel(kernel))
+        options = self.stride, self.padding, self.dilation, self.groups
+        return convolve(x, *difference, *options, recomputes=self.recomputes, residual=True)
 
     def equivalent_kernel(self) -> Kernel:
         mixer = self.mixer.equivalent_kernel()
@@ -92,7 +102,9 @@ class Attention(nn.Module):
         # The fused kernels have no forward derivative and no rule for vmap.
         with sdpa_kernel(SDPBackend.MATH) if is_transforming() else nullcontext():
             mixed = F.scaled_dot_product_attention(query, key, value)
-        return add_residual(x, self.drop_path(self.project(mixed.transpose(-2, -1).reshape(x.shape))))
+        branch = self.drop_path(self.project(mixed.transpose(-2, -1).reshape(x.shape)))
+        # Float32, as the layer scale makes it in the branches.
+        return add_residual(x if training_dtype(x) is None else x.float(), branch)
 
 
 class ConvFFN(nn.Module):

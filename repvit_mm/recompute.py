@@ -143,6 +143,12 @@ class _Recomputed(torch.autograd.Function):
         return None, None, *(next(grads) if learns else None for learns in needed)
 
 
+def training_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast lets a map's convolutions train; ``None`` without autocast or gradients."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_grad_enabled() and torch.is_autocast_enabled(device) else None
+
+
 def convolve(
     x: Tensor,
     weight: Tensor,
@@ -152,6 +158,7 @@ def convolve(
     dilation: int,
     groups: int,
     recomputes: bool = True,
+    residual: bool = False,
 ) -> Tensor:
     """A convolution that saves the recipe of its input, if it has one. A grouped one leaves a recipe with its output.
 
@@ -167,11 +174,12 @@ def convolve(
         dilation: Distance between the places that a kernel reads.
         groups: Groups.
         recomputes: ``False`` keeps the input and leaves no recipe.
+        residual: Add the convolution to its input, in the dtype of the kernel.
     """
     if not torch.is_grad_enabled():
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return x + y if residual else y
+    dtype, given = training_dtype(x), x
     recomputes = recomputes and runs_eagerly()
     known = recipe_of(x) if recomputes else None
     if dtype is not None and known is None:
@@ -185,7 +193,10 @@ def convolve(
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     else:
         y = _Convolution.apply(options, recipe, kernel, x, weight, bias)
-    return leave(y, recipe.then(partial(_convolution, options), kernel, bias)) if leaves else y
+    if residual:
+        y = given.to(weight.dtype) + y
+    again = partial(_residual if residual else _convolution, options)
+    return leave(y, recipe.then(again, kernel, bias)) if leaves else y
 
 
 def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -213,6 +224,11 @@ def _convolution(options: Options, x: Tensor, kernel: Tensor, bias: Tensor) -> T
         if kernel.dtype is bias.dtype:
             return F.conv2d(x, kernel, bias, *options)
         return conv_with_exact_bias(x.to(kernel.dtype), kernel, bias.float(), *options)
+
+
+def _residual(options: Options, x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    """A map and its convolution, summed in the dtype of the map that was kept."""
+    return x + _convolution(options, x, kernel, bias)
 
 
 class _Convolution(torch.autograd.Function):

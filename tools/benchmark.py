@@ -4,6 +4,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from repvit_mm.deploy.benchmark.backbones import PRECISIONS, build, measure_rout
 from repvit_mm.deploy.benchmark.charts import draw_bars, draw_variants
 from repvit_mm.deploy.benchmark.report import describe_machine, show, write_json
 from repvit_mm.deploy.benchmark.routes import ROUTES, LeftOut, WrongRoute
-from repvit_mm.deploy.benchmark.training import measure_iterations, measure_steps, measure_traffic
+from repvit_mm.deploy.benchmark.training import measure_gradients, measure_iterations, measure_steps, measure_traffic
 from repvit_mm.deploy.benchmark.worker import WorkerError
 from repvit_mm.deploy.graph import ExportError
 from repvit_mm.deploy.load import input_size
@@ -41,10 +42,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     backbone.add_argument('--dtype', default='float32', choices=PRECISIONS, help='default: float32, without TF32')
 
     train = commands.add_parser('train', help='a step, forward and backward, of backbones: plain against folded')
-    train.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    train.add_argument('--amp', action='store_true', help='also in mixed precision, in the same rounds')
     train.add_argument('--channels-last', action='store_true', help='channels of a pixel side by side in memory')
-
-    train.add_argument(
+    untimed = train.add_mutually_exclusive_group()
+    untimed.add_argument(
+        '--gradients',
+        action='store_true',
+        help='compare gradients in mixed precision with float64, of as many networks as --rounds says; time nothing',
+    )
+    untimed.add_argument(
         '--traffic',
         action='store_true',
         help='count operations and the bytes that elementwise ones move, in float32 and mixed precision; time nothing',
@@ -126,13 +132,15 @@ def benchmark_backbone(args: argparse.Namespace, device: torch.device) -> dict[s
 def benchmark_train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """A step of each variant with frozen statistics, forward and backward, plain against folded."""
     rows: list[dict[str, Any]] = []
-    precision = 'mixed precision' if args.amp else 'float32'
-    conditions = f'forward and backward, {args.size[0]}x{args.size[1]}'
-    if not args.traffic:
-        conditions += f', {precision} on {device}'
+    conditions = f'forward and backward, {args.size[0]}x{args.size[1]} on {device}'
     for name in choose(args.archs):
-        network = build(name, device, norm_eval=True).train()
+        make = partial(build, name, device, norm_eval=True)
         for batch in args.batch:
+            if args.gradients:
+                networks = (make(seed=seed).train() for seed in range(args.rounds))
+                rows += measure_gradients(name, networks, batch, args.size)
+                continue
+            network = make().train()
             if args.traffic:
                 new = measure_traffic(name, network, batch, args.size)
             else:
@@ -140,6 +148,8 @@ def benchmark_train(args: argparse.Namespace, device: torch.device) -> dict[str,
             for title in dict.fromkeys(row['name'] for row in new):
                 show(f'{title}, {conditions}', [row for row in new if row['name'] == title])
             rows += new
+    if args.gradients:
+        show(f'distances from float64 in mixed precision, {conditions}', rows)
     draw_bars(args.out_dir / 'train.png', conditions, rows)
     return {'rows': rows}
 

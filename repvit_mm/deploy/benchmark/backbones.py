@@ -41,10 +41,10 @@ def published() -> dict[str, Top1]:
     return {name: cls.top1[arch] for name, (cls, arch) in registered().items() if arch in cls.top1}
 
 
-def build(name: str, device: torch.device, **options: Any) -> nn.Module:
+def build(name: str, device: torch.device, seed: int = 0, **options: Any) -> nn.Module:
     """A variant with weights like a trained one's, in ``eval`` mode."""
     cls, arch = registered()[name]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     network = cls(arch, **options)
     make_trained_like(network, torch.randn(2, 3, 128, 128))
     return network.to(device)

@@ -73,6 +73,8 @@ def draw_variants(path: Path, title: str, rows: Sequence[Mapping[str, Any]], top
 PANELS = {
     'ms': ('median time, ms (bars: quartiles)', 1),
     'elementwise_bytes': ('moved by elementwise operations, MiB', 2**20),
+    'drawn': ("gradients' distance from float64, drawn", 1),
+    'squares': ("gradients' distance from float64, squares of maps", 1),
     'saved_bytes': ('saved for backward, MiB', 2**20),
     'process_bytes': ('peak of the process, MiB', 2**20),
     'peak_bytes': ('peak of tensors, MiB', 2**20),

@@ -64,6 +64,7 @@ def times(measured: Spread, first: Spread, batch: int) -> dict[str, Any]:
 
 
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    'variant': ('variant', str),
     'batch': ('batch', str),
     'route': ('', str),
     'top1': ('top-1, %\n(paper)', str),
@@ -79,6 +80,10 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     'elementwise_bytes': ('elementwise,\nMiB moved', lambda number: f'{number / 2**20:.1f}'),
     'times_plain': ('times\nplain', lambda value: f'{value:.2f}'),
     'bias_bytes': ('biases,\nMiB', lambda number: f'{number / 2**20:.1f}'),
+    'drawn': ('distance,\ngradients drawn', '{:.4f}'.format),
+    'drawn_times_plain': ('times\nplain', '{:.2f}'.format),
+    'squares': ('distance,\nsquares of maps', '{:.4f}'.format),
+    'squares_times_plain': ('times\nplain', '{:.2f}'.format),
     'saved_bytes': ('saved for\nbackward, MiB', lambda number: f'{number / 2**20:.1f}'),
     'process_bytes': ('peak of\nprocess, MiB', lambda number: f'{number / 2**20:.0f}'),
     'peak_bytes': ('peak of\ntensors, MiB', lambda number: f'{number / 2**20:.1f}'),

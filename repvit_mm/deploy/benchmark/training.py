@@ -1,6 +1,8 @@
 """Training steps and iterations, plain against folded: whether they do the same, and what they take."""
 
-from collections.abc import Mapping
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -42,7 +44,7 @@ def measure_steps(
     amp: bool = False,
     channels_last: bool = False,
 ) -> list[dict[str, Any]]:
-    """The rows of a backbone's training steps, plain and folded.
+    """The rows of a backbone's training steps, plain and folded, in float32.
 
     Args:
         name: Of the rows.
@@ -50,7 +52,7 @@ def measure_steps(
         batch: How many images a step takes.
         size: Their height and width in pixels.
         rounds: Counted rounds of the timing.
-        amp: Whether to train in mixed precision.
+        amp: Whether to train in mixed precision too, in the same rounds.
         channels_last: Whether the channels of a pixel lie side by side in memory.
 
     Raises:
@@ -63,7 +65,10 @@ def measure_steps(
     with ExitStack() as stack:
         networks = {'plain': plain_copy(network, stack), 'folded': network}
         check_gradients(name, networks, images)
-        steps = {route: training_step(twin, images, amp) for route, twin in networks.items()}
+        steps = {route: training_step(twin, images, amp=False) for route, twin in networks.items()}
+        if amp:
+            networks |= {f'{route}, mixed': twin for route, twin in networks.items()}
+            steps |= {route: training_step(twin, images, amp) for route, twin in networks.items() if route not in steps}
         return measure_training(name, networks, steps, batch, rounds, images.device)
 
 
@@ -91,6 +96,64 @@ def measure_traffic(name: str, network: nn.Module, batch: int, size: tuple[int, 
     for row, plain in zip(rows, [row for row in rows if row['route'] == 'plain' for _ in networks], strict=True):
         row['times_plain'] = row['elementwise_bytes'] / plain['elementwise_bytes']
     return rows
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    'drawn': lambda map_, gradient: (map_ * gradient).sum(),
+    'squares': lambda map_, gradient: map_.square().mean(),
+}
+"""What is differentiated of each map, whose gradient is drawn at random or follows the map itself.
+
+Errors that change from place to place show in the first, those that do not in the second.
+"""
+
+
+def measure_gradients(
+    name: str, networks: Iterable[nn.Module], batch: int, size: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """The rows of how far gradients under autocast are from those in float64, plain and folded. Nothing is timed.
+
+    A distance is the relative L2 error over all parameters. Its squares are averaged over networks and images, so that
+    chance counts less.
+
+    Args:
+        name: Of the rows.
+        networks: A backbone with several weights, in ``train`` mode with frozen statistics.
+        batch: How many images each of them takes.
+        size: Their height and width in pixels.
+    """
+    errors: dict[str, dict[str, list[float]]] = {'plain': {}, 'folded': {}}
+    for seed, network in enumerate(networks):
+        torch.manual_seed(seed)
+        images = torch.randn(batch, 3, *size, device=next(network.parameters()).device)
+        with torch.no_grad():
+            drawn = [torch.randn_like(map_) for map_ in network(images)]
+        exact = loss_gradients(copy.deepcopy(network).double(), images.double(), drawn)
+        with ExitStack() as stack:
+            for route, twin in (('plain', plain_copy(network, stack)), ('folded', network)):
+                for loss, found in loss_gradients(twin, images, drawn, amp=True).items():
+                    errors[route].setdefault(loss, []).append(relative_error(found, exact[loss]))
+    rows = []
+    for route, of_route in errors.items():
+        row: dict[str, Any] = {'name': name, 'variant': name, 'batch': batch, 'route': route}
+        for loss, sample in of_route.items():
+            row[loss] = math.hypot(*sample) / math.sqrt(len(sample))
+            row[f'{loss}_times_plain'] = row[loss] / (rows or [row])[0][loss]
+        rows.append(row)
+    return rows
+
+
+def loss_gradients(network: nn.Module, images: Tensor, drawn: Sequence[Tensor], amp: bool = False) -> dict[str, Tensor]:
+    """For each of ``LOSSES`` the gradients of all parameters as one vector."""
+    with autocast(images.device, amp):
+        maps = network(images)
+    found = {}
+    for name, loss in LOSSES.items():
+        pairs = zip(maps, drawn, strict=True)
+        total = sum(loss(map_.to(images.dtype), gradient.to(images.dtype)) for map_, gradient in pairs)
+        gradients = torch.autograd.grad(total, list(network.parameters()), retain_graph=True)
+        found[name] = torch.cat([gradient.flatten() for gradient in gradients])
+    return found
 
 
 def training_step(network: nn.Module, images: Tensor, amp: bool) -> Run:
