@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import Hook
@@ -227,6 +228,27 @@ class ResumableEpochBasedTrainLoop(SkippingEpochBasedTrainLoop):
         """Pass over it by its indices, and tell the hooks."""
         fast_forward(batches, self.dataloader, steps)
         self.runner.call_hook('after_fast_forward')
+
+
+RESUMABLE = {
+    'EpochBasedTrainLoop': 'ResumableEpochBasedTrainLoop',
+    'IterBasedTrainLoop': 'ResumableIterBasedTrainLoop',
+    'CheckpointHook': 'ResumableCheckpointHook',
+}
+"""What MMEngine has -> what takes the same options and may be killed at any moment."""
+
+
+def make_resumable(cfg: Config) -> None:
+    """Put this file's loop and checkpoint hook into a config, unless it has others than MMEngine's own."""
+    loop = cfg.train_cfg
+    by_epoch = {True: 'EpochBasedTrainLoop', False: 'IterBasedTrainLoop'}.get(loop.get('by_epoch'))
+    if (name := loop.get('type', by_epoch)) in RESUMABLE:
+        loop.pop('by_epoch', None)
+        loop['type'] = RESUMABLE[name]
+    hooks = cfg.get('default_hooks') or {}
+    hook = hooks.get('checkpoint', dict(type='CheckpointHook'))  # None is no hook
+    if hook and hook.get('type') in RESUMABLE:
+        cfg.default_hooks = dict(hooks, checkpoint=dict(hook, type=RESUMABLE[hook['type']]))
 
 
 class Stopped(RuntimeError):
