@@ -28,7 +28,7 @@ from .compat.openmmlab import (
     save_to_resume_from,
 )
 from .compat.pytorch import draw_indices
-from .files import UNFINISHED, Claim, write_whole
+from .files import UNFINISHED, claim, release, write_whole
 from .fingerprint import changed, fingerprints
 
 
@@ -101,7 +101,6 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
     :class:`ResumableEpochBasedTrainLoop` and :class:`ResumableIterBasedTrainLoop`.
     """
 
-    claim: Claim | None = None
     annotations: dict[str, str] | None = None
     loaded_annotations: dict[str, str] | None = None
     loaded_states: Sequence[dict[str, Any]] = ()
@@ -142,7 +141,7 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
             FolderInUseError: if one does.
         """
         try:
-            self.claim = Claim(Path(runner.work_dir))
+            claim(Path(runner.work_dir))
         except BlockingIOError:
             raise FolderInUseError(
                 f'another run writes into {runner.work_dir}: wait until it has ended, or take another work_dir'
@@ -151,8 +150,8 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
     def after_train(self, runner: Runner) -> None:
         """Let go of the work folder."""
         super().after_train(runner)
-        if self.claim:
-            self.claim.close()
+        if is_main_process():
+            release(Path(runner.work_dir))
 
     def check_annotations(self, runner: Runner) -> None:
         """Remember what the annotations are, and say if a resumed run has begun with others."""

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from repvit_mm.checkpoint import read_checkpoint
 from repvit_mm.compat.pytorch import multiplies_bfloat16
 from repvit_mm.datasets.shapes import write_shapes
-from repvit_mm.files import Claim
+from repvit_mm.files import claim, release
 from repvit_mm.resume import UNFINISHED, ResumableCheckpointHook, Stopped, fast_forward, make_resumable, random_state
 
 KILLED = -signal.SIGKILL
@@ -585,10 +585,10 @@ def test_second_run_in_the_folder_of_one_that_trains_is_refused(make_folder):
     work = folder / 'work'
     work.mkdir()
     (work / f'epoch_1.pth{UNFINISHED}').write_text('half')
-    claim = Claim(work)
+    claim(work)
     assert run(folder, 'epoch') == 1
     assert files(folder) == {f'epoch_1.pth{UNFINISHED}'}
-    claim.close()
+    release(work)
     assert run(folder, 'epoch', death=(4,)) == KILLED
     assert run(folder, 'epoch', resume=True) == 0
 

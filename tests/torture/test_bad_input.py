@@ -26,7 +26,7 @@ from repvit_mm.deploy.predict import predict_all
 from repvit_mm.deploy.results import ResultFolder
 from repvit_mm.deploy.sources import Source
 from repvit_mm.deploy.torch_predictor import ModelPredictor
-from repvit_mm.files import UNFINISHED, Claim
+from repvit_mm.files import UNFINISHED, claim
 
 pytestmark = pytest.mark.needs_ops
 
@@ -105,7 +105,7 @@ def claimed(name: str) -> Callable[[Path], None]:
 
     def before(folder: Path) -> None:
         (folder / name).mkdir()
-        Claim(folder / name)
+        claim(folder / name)
 
     return before
 
