@@ -63,8 +63,9 @@ def claim(folder: Path) -> None:
 
 def release(folder: Path) -> None:
     """Release a folder that may be claimed."""
-    if (file := CLAIMED.pop(identity(folder), None)) is not None:
-        os.close(file)
+    with suppress(FileNotFoundError):
+        if (file := CLAIMED.pop(identity(folder), None)) is not None:
+            os.close(file)
 
 
 def identity(folder: Path) -> tuple[int, int]:
