@@ -35,35 +35,50 @@ def write_whole(path: Path, content: bytes) -> None:
         raise
 
 
-class Claim:
-    """A folder that this process alone writes into, until it ends or lets go, however it ends.
+CLAIMED: dict[tuple[int, int], int] = {}
+"""The folders that this process claims, each by its device and number -> the open file that holds the claim."""
+
+
+def claim(folder: Path) -> None:
+    """Claim a folder for this process alone, until it releases it or ends, however it ends.
 
     The claim is a lock of the operating system: it leaves no file. Where the file system knows no locks, nothing is
-    claimed. A process that is forked has no part in it, so that the claim does not outlive the one that made it.
-
-    Args:
-        folder: The folder, which has to exist.
+    claimed. A process that is forked has no part in it: a claim does not outlive the process that made it.
 
     Raises:
         BlockingIOError: if another process claims the folder.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.file: int | None = None
-        if fcntl is None:
-            return
-        self.file = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
+    if fcntl is None:
+        return
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(file)
+        if isinstance(error, BlockingIOError) and identity(folder) not in CLAIMED:
             raise
-        except OSError:
-            self.close()
-        os.register_at_fork(after_in_child=self.close)
+    else:
+        CLAIMED[identity(folder)] = file
 
-    def close(self) -> None:
-        """Let go of this process's part."""
-        if self.file is not None:
-            os.close(self.file)
-            self.file = None
+
+def release(folder: Path) -> None:
+    """Release a folder that may be claimed."""
+    with suppress(FileNotFoundError):
+        if (file := CLAIMED.pop(identity(folder), None)) is not None:
+            os.close(file)
+
+
+def identity(folder: Path) -> tuple[int, int]:
+    """What a folder is known by, whatever path leads to it."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def forget_claims() -> None:
+    """Close a forked process's copies of what its parent claims."""
+    while CLAIMED:
+        os.close(CLAIMED.popitem()[1])
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=forget_claims)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import Hook
@@ -27,7 +28,7 @@ from .compat.openmmlab import (
     save_to_resume_from,
 )
 from .compat.pytorch import draw_indices
-from .files import UNFINISHED, Claim, write_whole
+from .files import UNFINISHED, claim, release, write_whole
 from .fingerprint import changed, fingerprints
 
 
@@ -100,7 +101,6 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
     :class:`ResumableEpochBasedTrainLoop` and :class:`ResumableIterBasedTrainLoop`.
     """
 
-    claim: Claim | None = None
     annotations: dict[str, str] | None = None
     loaded_annotations: dict[str, str] | None = None
     loaded_states: Sequence[dict[str, Any]] = ()
@@ -141,7 +141,7 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
             FolderInUseError: if one does.
         """
         try:
-            self.claim = Claim(Path(runner.work_dir))
+            claim(Path(runner.work_dir))
         except BlockingIOError:
             raise FolderInUseError(
                 f'another run writes into {runner.work_dir}: wait until it has ended, or take another work_dir'
@@ -150,8 +150,8 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
     def after_train(self, runner: Runner) -> None:
         """Let go of the work folder."""
         super().after_train(runner)
-        if self.claim:
-            self.claim.close()
+        if is_main_process():
+            release(Path(runner.work_dir))
 
     def check_annotations(self, runner: Runner) -> None:
         """Remember what the annotations are, and say if a resumed run has begun with others."""
@@ -227,6 +227,27 @@ class ResumableEpochBasedTrainLoop(SkippingEpochBasedTrainLoop):
         """Pass over it by its indices, and tell the hooks."""
         fast_forward(batches, self.dataloader, steps)
         self.runner.call_hook('after_fast_forward')
+
+
+RESUMABLE = {
+    'EpochBasedTrainLoop': 'ResumableEpochBasedTrainLoop',
+    'IterBasedTrainLoop': 'ResumableIterBasedTrainLoop',
+    'CheckpointHook': 'ResumableCheckpointHook',
+}
+"""What MMEngine has -> what takes the same options and may be killed at any moment."""
+
+
+def make_resumable(cfg: Config) -> None:
+    """Put this file's loop and checkpoint hook into a config, unless it has others than MMEngine's own."""
+    loop = cfg.train_cfg
+    by_epoch = {True: 'EpochBasedTrainLoop', False: 'IterBasedTrainLoop'}.get(loop.get('by_epoch'))
+    if (name := loop.get('type', by_epoch)) in RESUMABLE:
+        loop.pop('by_epoch', None)
+        loop['type'] = RESUMABLE[name]
+    hooks = cfg.get('default_hooks') or {}
+    hook = hooks.get('checkpoint', dict(type='CheckpointHook'))  # None is no hook
+    if hook and hook.get('type') in RESUMABLE:
+        cfg.default_hooks = dict(hooks, checkpoint=dict(hook, type=RESUMABLE[hook['type']]))
 
 
 class Stopped(RuntimeError):

@@ -4,10 +4,12 @@ import errno
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
-from repvit_mm.files import UNFINISHED, Claim, write_whole
+from repvit_mm.files import CLAIMED, UNFINISHED, claim, release, write_whole
 
 
 def test_file_and_folders_are_made(tmp_path):
@@ -42,31 +44,42 @@ def test_full_disk_is_told_with_the_name_of_the_file(tmp_path, monkeypatch):
         write_whole(tmp_path / 'file', b'content')
 
 
-def test_folder_is_claimed_once(tmp_path):
-    claim = Claim(tmp_path)
-    with pytest.raises(BlockingIOError):
-        Claim(tmp_path)
-    claim.close()
-    Claim(tmp_path).close()
-    assert not [*tmp_path.iterdir()]
-
-
-def test_claim_does_not_outlive_its_process(tmp_path):
-    """A forked process, such as a data loader's worker, may live on for a while."""
+@pytest.fixture
+def claiming(tmp_path) -> Iterator[tuple[int, int]]:
+    """Ids of a process that claims the folder, and of one that it has forked, such as a data loader's worker."""
     read, write = os.pipe()
-    claiming = os.fork()
-    if not claiming:
-        Claim(tmp_path)
-        worker = os.fork()
-        if worker:
+    owner = os.fork()
+    if not owner:
+        claim(tmp_path)
+        if worker := os.fork():
             os.write(write, f'{worker}\n'.encode())
         time.sleep(60)
         os._exit(0)
     worker = int(os.read(read, 20))
-    with pytest.raises(BlockingIOError):
-        Claim(tmp_path)
-    os.kill(claiming, signal.SIGKILL)
-    os.waitpid(claiming, 0)
+    yield owner, worker
+    for process in (owner, worker):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def test_folder_is_claimed_by_one_process(tmp_path, claiming):
+    """By whatever path; the claim ends with the process, though a forked one may live on for a while."""
+    (tmp_path / 'link').symlink_to(tmp_path)
+    for folder in (tmp_path, tmp_path / 'link'):
+        with pytest.raises(BlockingIOError):
+            claim(folder)
+    owner, worker = claiming
+    os.kill(owner, signal.SIGKILL)
+    os.waitpid(owner, 0)
     os.kill(worker, 0)  # it lives
-    Claim(tmp_path).close()
-    os.kill(worker, signal.SIGKILL)
+    claim(tmp_path)
+    release(tmp_path)
+
+
+def test_process_may_claim_again_what_it_claims(tmp_path):
+    """A notebook, in which a run has failed before."""
+    claim(tmp_path)
+    claim(tmp_path)
+    release(tmp_path)
+    release(tmp_path)
+    assert not CLAIMED and not [*tmp_path.iterdir()]

@@ -1,5 +1,6 @@
 """A run whose loss or weights are no longer finite stops, and leaves its last good checkpoint."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -151,6 +152,9 @@ def test_failing_step_names_its_images(tmp_path, model, error, expected):
 
 def test_model_is_left_as_it_was(tmp_path):
     assert 'train_step' not in vars(run(tmp_path, hooks=(NamedBatchHook(),)).model)
+    model = Net({})
+    model.train_step = compiled = partial(model.train_step)
+    assert run(tmp_path, hooks=(NamedBatchHook(),), model=model).model.train_step is compiled
 
 
 def test_it_looks_before_a_checkpoint_is_saved():

@@ -17,6 +17,7 @@ import mmengine.runner.loops
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.evaluator import BaseMetric
 from mmengine.fileio import BaseStorageBackend, register_backend
@@ -33,8 +34,8 @@ from torch.utils.data import DataLoader, Dataset
 from repvit_mm.checkpoint import read_checkpoint
 from repvit_mm.compat.pytorch import multiplies_bfloat16
 from repvit_mm.datasets.shapes import write_shapes
-from repvit_mm.files import Claim
-from repvit_mm.resume import UNFINISHED, ResumableCheckpointHook, Stopped, fast_forward, random_state
+from repvit_mm.files import claim, release
+from repvit_mm.resume import UNFINISHED, ResumableCheckpointHook, Stopped, fast_forward, make_resumable, random_state
 
 KILLED = -signal.SIGKILL
 LAST = {'epoch': 'epoch_4.pth', 'iteration': 'iter_12.pth'}
@@ -584,10 +585,10 @@ def test_second_run_in_the_folder_of_one_that_trains_is_refused(make_folder):
     work = folder / 'work'
     work.mkdir()
     (work / f'epoch_1.pth{UNFINISHED}').write_text('half')
-    claim = Claim(work)
+    claim(work)
     assert run(folder, 'epoch') == 1
     assert files(folder) == {f'epoch_1.pth{UNFINISHED}'}
-    claim.close()
+    release(work)
     assert run(folder, 'epoch', death=(4,)) == KILLED
     assert run(folder, 'epoch', resume=True) == 0
 
@@ -763,6 +764,28 @@ def test_fast_forward_leads_to_the_same_batches(monkeypatch, sampler, workers, s
     # Of all that is passed over, only the first batch of a further epoch is made.
     assert loader.dataset.made == (2 * ((steps - 1) // 5) if sampler is DefaultSampler and not workers else 0)
     assert [next(batches).tolist() for _ in range(12)] == [next(plain).tolist() for _ in range(12)]
+
+
+EPOCHS, ITERATIONS = dict(type='ResumableEpochBasedTrainLoop'), dict(type='ResumableIterBasedTrainLoop')
+OURS = dict(type='ResumableCheckpointHook')
+
+
+@pytest.mark.parametrize(
+    ('loop', 'hooks', 'expected_loop', 'expected_hook'),
+    [
+        (dict(by_epoch=True), None, EPOCHS, OURS),
+        (dict(by_epoch=False), {}, ITERATIONS, OURS),
+        (dict(type='EpochBasedTrainLoop', max_epochs=3), {'timer': {}}, dict(EPOCHS, max_epochs=3), OURS),
+        (dict(type='IterBasedTrainLoop'), dict(checkpoint=None), ITERATIONS, None),
+        (ITERATIONS, dict(checkpoint=dict(type='CheckpointHook', interval=9)), ITERATIONS, dict(OURS, interval=9)),
+        (dict(type='Own'), dict(checkpoint=dict(type='Own')), dict(type='Own'), dict(type='Own')),
+        ({}, dict(checkpoint=OURS), {}, OURS),
+    ],
+)
+def test_config_is_made_resumable(loop, hooks, expected_loop, expected_hook):
+    cfg = Config(dict(train_cfg=loop, **({} if hooks is None else dict(default_hooks=hooks))))
+    make_resumable(cfg)
+    assert cfg.train_cfg == expected_loop and cfg.default_hooks == dict(hooks or {}, checkpoint=expected_hook)
 
 
 KILLER = """

@@ -98,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_data(cfg, *args.splits)
     console = Console()
     reports = check_config(cfg, args.splits, args.quick, progress)
+    if not reports:
+        sys.exit(f'config {args.config} has no data set of {", ".join(args.splits)}')
     for report in reports:
         show(report, console)
     errors = sum(len(report.errors) for report in reports)

@@ -27,7 +27,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from repvit_mm.checkpoint import CheckpointError, read_checkpoint, trust
 from repvit_mm.compat.pytorch import multiplies_bfloat16
 from repvit_mm.precision import HALF
-from repvit_mm.resume import Stopped
+from repvit_mm.resume import Stopped, make_resumable
 
 
 def parse_args() -> argparse.Namespace:
@@ -83,9 +83,7 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         cfg.auto_scale_lr.enable = True
     hooks = ['StopOnSignalHook', 'NamedBatchHook', *([] if args.keep_going else ['FiniteLossHook'])]
     cfg.custom_hooks = [*cfg.get('custom_hooks', []), *(dict(type=hook) for hook in hooks)]
-    if cfg.train_cfg.get('type') == 'EpochBasedTrainLoop' or cfg.train_cfg.get('by_epoch'):
-        cfg.train_cfg.pop('by_epoch', None)
-        cfg.train_cfg.type = 'ResumableEpochBasedTrainLoop'
+    make_resumable(cfg)
     if args.vis_backend:
         add_backends(cfg, args.vis_backend)
     if args.seed is not None:

@@ -1,6 +1,7 @@
 """Exports a fused model to a file that runs elsewhere; the file is kept only if it computes what the model does."""
 
 import copy
+import io
 import logging
 import shutil
 import tempfile
@@ -162,13 +163,17 @@ def write_openvino(graph: Graph, images: Tensor, info: FileInfo, path: Path, opt
 def write_torchscript(graph: Graph, images: Tensor, info: FileInfo, path: Path, options: Options) -> None:
     """A traced and frozen program of ``torch.jit``."""
     traced = torch.jit.freeze(torch.jit.trace(graph, images, check_trace=False))
-    torch.jit.save(traced, str(path), _extra_files={INFO_FILE: info.to_json()})
+    content = io.BytesIO()  # on a full disk torch's own writer ends the process
+    torch.jit.save(traced, content, _extra_files={INFO_FILE: info.to_json()})
+    path.write_bytes(content.getvalue())
 
 
 def write_torch_export(graph: Graph, images: Tensor, info: FileInfo, path: Path, options: Options) -> None:
     """A program of ``torch.export``."""
     program = exported_program(graph, images, options)
-    torch.export.save(program, str(path), extra_files={INFO_FILE: info.to_json()})
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={INFO_FILE: info.to_json()})
+    path.write_bytes(content.getvalue())
 
 
 def write_executorch(graph: Graph, images: Tensor, info: FileInfo, path: Path, options: Options) -> None:

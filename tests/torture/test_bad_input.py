@@ -26,7 +26,7 @@ from repvit_mm.deploy.predict import predict_all
 from repvit_mm.deploy.results import ResultFolder
 from repvit_mm.deploy.sources import Source
 from repvit_mm.deploy.torch_predictor import ModelPredictor
-from repvit_mm.files import UNFINISHED, Claim
+from repvit_mm.files import UNFINISHED, claim
 
 pytestmark = pytest.mark.needs_ops
 
@@ -105,7 +105,7 @@ def claimed(name: str) -> Callable[[Path], None]:
 
     def before(folder: Path) -> None:
         (folder / name).mkdir()
-        Claim(folder / name)
+        claim(folder / name)
 
     return before
 
@@ -310,6 +310,15 @@ ROWS = {
         ('a.pth holds no FastViT or MobileOne or RepViT',),
         before=lambda f: torch.save({'a': torch.ones(2)}, f / 'a.pth'),
     ),
+    'damaged ONNX file': Row(
+        'test.py seg.py a.onnx', ('a.onnx cannot be opened by onnxruntime',), before=file('a.onnx', b'no model')
+    ),
+    'damaged TorchScript file': Row(
+        f'predict.py a.pt {FIRST} --out o', ('a.pt cannot be opened by torch',), before=file('a.pt', b'no model')
+    ),
+    'data set check of a config without data': Row(
+        'check_data.py c.py', ('config c.py has no data set of train',), before=file('c.py', b"default_scope = 'mmdet'")
+    ),
     # Places that cannot be written.
     'work folder that is a file': Row(
         'train.py det.py', ('the run cannot begin', 'work'), before=file('work', b'mine')
@@ -320,6 +329,15 @@ ROWS = {
     'full disk while saving': Row('train.py seg.py', ('File too large', 'iter_4.pth'), limit=40_000),
     'pictures into a file': Row(f'predict.py det.py det.pth {FIRST} --out det.py', ('--out det.py is a file',)),
     'pictures below a file': Row(f'predict.py det.py det.pth {FIRST} --out det.py/x', ('Not a directory', 'det.py/x')),
+    **{
+        f'full disk while exporting to {target}': Row(
+            f'export.py seg.py seg.pth --to {target} --shape 64 64 --out full/a.{suffix}',
+            ('File too large',),
+            before=lambda folder: (folder / 'full').mkdir(),
+            limit=40_000,
+        )
+        for target, suffix in (('onnx', 'onnx'), ('torchscript', 'pt'), ('torch_export', 'pt2'))
+    },
     'exporting below a file': Row(
         'export.py seg.py seg.pth --to torchscript --shape 64 64 --out seg.py/a.pt', ('seg.py',)
     ),
