@@ -24,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
     'BatchNorm',
+    'ConvOptions',
     'InstanceNorm',
     'TorchDispatchMode',
     'WeakTensorKeyDictionary',
@@ -47,6 +48,10 @@ __all__ = [
     'unpickling_reason',
     'version',
 ]
+
+
+ConvOptions = tuple[int, int, int, int]
+"""Stride, zero padding, dilation and groups of a convolution, the first three for height and width alike."""
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -118,9 +123,7 @@ def multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def conv_with_exact_bias(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, dilation: int, groups: int
-) -> Tensor:
+def conv_with_exact_bias(x: Tensor, weight: Tensor, bias: Tensor, options: ConvOptions) -> Tensor:
     """A convolution in half precision whose bias is added in float32, before the sum is rounded.
 
     ``torch.nn.functional.conv2d`` wants the bias in the dtype of the map. oneDNN adds a float32 one where it
@@ -130,14 +133,11 @@ def conv_with_exact_bias(
         x: Map ``(N, C_in, H, W)``.
         weight: Kernel ``(C_out, C_in / groups, kH, kW)``, in the dtype of the map.
         bias: ``(C_out,)``, float32.
-        stride: Stride.
-        padding: Zero padding.
-        dilation: Distance between the places that a kernel reads.
-        groups: Groups.
+        options: Of the convolution.
     """
     if x.device.type == 'cpu' and x.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return conv_activated(x, weight, bias, stride, padding, dilation, groups, 'none')
-    y = torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups)
+        return conv_activated(x, weight, bias, options, 'none')
+    y = torch.nn.functional.conv2d(x, weight, None, *options)
     return y.add_(bias.view(-1, 1, 1))
 
 
@@ -145,38 +145,26 @@ ACTIVATIONS = {'none': '', 'relu': '', 'gelu': 'none'}
 """What oneDNN applies to the output of a convolution -> the approximation of it; GELU is exact."""
 
 
-def conv_activated(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: int,
-    dilation: int,
-    groups: int,
-    activation: str,
-) -> Tensor:
+def _pairs(options: ConvOptions) -> tuple[list[int], list[int], list[int], int]:
+    """Padding, stride, dilation and groups, as oneDNN's operators take them: for height and width separately."""
+    stride, padding, dilation, groups = options
+    return [padding] * 2, [stride] * 2, [dilation] * 2, groups
+
+
+def conv_activated(x: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, activation: str) -> Tensor:
     """A convolution and the activation of its output in one operation of oneDNN's, on a CPU and without gradients.
 
     ``torch.compile`` uses these operators; they have no public name. Arguments as for :func:`conv_with_exact_bias`,
     ``activation`` is a key of ``ACTIVATIONS``.
     """
-    options = [padding] * 2, [stride] * 2, [dilation] * 2, groups
-    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *options, activation, [], ACTIVATIONS[activation])
+    approximation = ACTIVATIONS[activation]
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *_pairs(options), activation, [], approximation)
 
 
-def add_conv_(
-    total: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: int,
-    dilation: int,
-    groups: int,
-) -> Tensor:
+def add_conv_(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Tensor:
     """``total += convolution(x)`` in one operation of oneDNN's, as :func:`conv_activated`."""
-    options = [padding] * 2, [stride] * 2, [dilation] * 2, groups
-    return torch.ops.mkldnn._convolution_pointwise_.binary(total, x, weight, bias, *options, 'add', 1.0, None, [], None)
+    add = torch.ops.mkldnn._convolution_pointwise_.binary
+    return add(total, x, weight, bias, *_pairs(options), 'add', 1.0, None, [], None)
 
 
 @cache
@@ -196,30 +184,23 @@ def fuses_into_convolutions() -> bool:
     expected = torch.nn.functional.gelu(y), torch.relu(y), y + total
     try:
         with torch.inference_mode():
-            found = [conv_activated(x, weight, bias, 1, 0, 1, 1, activation) for activation in ('gelu', 'relu')]
-            found.append(add_conv_(total.clone(), x, weight, bias, 1, 0, 1, 1))
+            found = [conv_activated(x, weight, bias, (1, 0, 1, 1), activation) for activation in ('gelu', 'relu')]
+            found.append(add_conv_(total.clone(), x, weight, bias, (1, 0, 1, 1)))
     except (AttributeError, RuntimeError, TypeError):
         return False
     return all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(found, expected, strict=True))
 
 
 def conv_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
-    groups: int,
-    needed: Sequence[bool],
+    grad: Tensor, x: Tensor, weight: Tensor, options: ConvOptions, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of a convolution's input, weight and bias, those that are ``needed``, in one operation.
 
     ``torch.nn.grad`` has one function for the input and one for the weight, and none for the bias.
     """
-    bias_shape, strides, paddings, dilations = [len(weight)], [stride] * 2, [padding] * 2, [dilation] * 2
+    padding, stride, dilation, groups = _pairs(options)
     return torch.ops.aten.convolution_backward(
-        grad, x, weight, bias_shape, strides, paddings, dilations, False, [0, 0], groups, needed
+        grad, x, weight, [len(weight)], stride, padding, dilation, False, [0, 0], groups, needed
     )
 
 
