@@ -1,4 +1,4 @@
-"""What reaches into private parts of torch, each with its reason. Seen with torch 2.13.0."""
+"""Uses of private parts of torch, with the reason for each. Tried with torch 2.13.0."""
 
 import pickle
 import re
@@ -55,7 +55,7 @@ ConvOptions = tuple[int, int, int, int]
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks are registered that see a module's calls, or those of all modules; there is no public question."""
+    """Whether hooks see a module's calls, its own or those for all modules; torch has no public function for it."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -91,7 +91,7 @@ def is_transforming() -> bool:
 def tree_of(module: nn.Module) -> list[nn.Module]:
     """A module and all below it.
 
-    As ``modules()``, which takes several times as long. That counts where each block looks at itself in every pass.
+    ``modules()`` gives the same and takes several times as long, which matters because each block asks in every pass.
     """
     tree = [module]
     for parent in tree:
@@ -109,7 +109,7 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor has been changed in place, as far as autograd counts: the only public use is its error."""
+    """How many in-place changes of a tensor autograd has counted; it shows the number in an error message only."""
     return tensor._version
 
 
@@ -142,7 +142,7 @@ def conv_with_exact_bias(x: Tensor, weight: Tensor, bias: Tensor, options: ConvO
 
 
 ACTIVATIONS = {'none': '', 'relu': '', 'gelu': 'none'}
-"""What oneDNN applies to the output of a convolution -> the approximation of it; GELU is exact."""
+"""Activation that oneDNN applies to the output of a convolution -> how it may approximate it: GELU not at all."""
 
 
 def _pairs(options: ConvOptions) -> tuple[list[int], list[int], list[int], int]:
@@ -171,7 +171,7 @@ def add_conv_(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, opt
 def fuses_into_convolutions() -> bool:
     """Whether oneDNN's convolutions are there, take activations and sums along, and compute them right in float32.
 
-    All is tried once, on a small map: an operator without a public name may change or go.
+    They are tried once, on a small map, because operators without a public name may change or disappear.
     """
     if not torch.backends.mkldnn.is_available():
         return False
@@ -205,9 +205,9 @@ def conv_backward(
 
 
 def draw_indices(batches: Iterator) -> None:
-    """Pass over the next batch of a data loader's iterator by drawing its indices alone.
+    """Skip the next batch of a data loader's iterator by drawing only its indices.
 
-    A data loader has no public way to leave out batches without making them.
+    A data loader has no public way to skip a batch without making it.
 
     Raises:
         StopIteration: at the end of the data.
@@ -216,16 +216,16 @@ def draw_indices(batches: Iterator) -> None:
 
 
 def refused_global(error: pickle.UnpicklingError) -> str | None:
-    """The function or class that a file refers to and that reading with ``weights_only`` refused, if that is why.
+    """The function or class for which ``weights_only`` refused a file; ``None`` if the file failed for another reason.
 
-    The error carries it in its message alone; ``get_unsafe_globals_in_checkpoint`` cannot read files older than 1.6.
+    Only the error's message has the name. ``get_unsafe_globals_in_checkpoint`` cannot read files of torch before 1.6.
     """
     match = re.search(r'GLOBAL (\S+)', str(error))
     return match[1] if match else None
 
 
 def unpickling_reason(error: pickle.UnpicklingError) -> str:
-    """Why reading with ``weights_only`` failed, without torch's advice before and after it to read without."""
+    """Why reading with ``weights_only`` failed, without torch's advice to switch it off."""
     reason = str(error).rpartition('WeightsUnpickler error:')[2].partition('Check the documentation')[0]
     return ' '.join(reason.split())
 
@@ -236,17 +236,17 @@ def children_of(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def scan(*args: Any) -> Any:
-    """Torch's loop that ``torch.export`` keeps as one; it has no public name, and takes long to import."""
+    """Torch's loop operator, which ``torch.export`` keeps as a loop. It has no public name and is slow to import."""
     from torch._higher_order_ops.scan import scan
 
     return scan(*args)
 
 
 def any_row_count(enabled: bool) -> AbstractContextManager:
-    """Within the context ``torch.export`` does not take a size of 1 for a special case.
+    """Within the context ``torch.export`` does not treat a size of 1 as a special case.
 
-    Otherwise a program that was traced with maps of several rows would refuse those of a single one. Torch 2.6 has no
-    such setting.
+    Otherwise a program that was traced with maps of several rows would refuse maps of one row. Torch 2.6 has no such
+    setting.
     """
     from torch.fx.experimental import _config
 
