@@ -94,7 +94,7 @@ class RunningStatisticsKept:
 
 
 def check_channels(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Look at whether a model's neck, or the head of a model without one, takes the maps of a backbone of this package.
+    """Check that a model's neck, or the head if there is none, takes the channels that this package's backbone gives.
 
     Args:
         model: The model.

@@ -58,7 +58,7 @@ def label_maps(dataset: Any) -> Iterator[Path]:
 
 
 def changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """The paths of what is no longer as it was; data that were only moved are."""
+    """The paths whose content has changed. Data that were only moved count as unchanged."""
     if len(before) != len(now):
         return list(now)
     return [path for path, old, new in zip(now, before.values(), now.values(), strict=True) if old != new]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compat.pytorch import add_conv_, conv_activated, fuses_into_convolutions, gelu_
+from .compat.pytorch import ConvOptions, add_conv_, conv_activated, fuses_into_convolutions, gelu_
 from .recompute import convolve, recipe_of, recomputable, runs_eagerly
 from .reparam import (
     Kernel,
@@ -188,7 +188,7 @@ def add_convolved(x: Tensor, conv: nn.Module, drop_path: nn.Module, hidden: Tens
     return add_conv_(x, hidden, *one)
 
 
-def _single_convolution(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, int, int, int, int] | None:
+def _single_convolution(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, ConvOptions] | None:
     """Weight, bias and options of what runs as one convolution, where oneDNN's own operators may run it.
 
     In float32 alone: in bfloat16 they are no faster.
@@ -207,7 +207,7 @@ def _single_convolution(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | No
         options = conv.stride[0], conv.padding[0], conv.dilation[0], conv.groups
     else:
         return None
-    return (weight, bias, *options) if weight.dtype is torch.float32 else None
+    return (weight, bias, options) if weight.dtype is torch.float32 else None
 
 
 def add_residual(x: Tensor, branch: Tensor) -> Tensor:

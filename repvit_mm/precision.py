@@ -20,14 +20,14 @@ class PrecisionError(ValueError):
 
 
 def check_dtype(dtype: str, device: str) -> str:
-    """Whether a device is made for a dtype.
+    """Check that a device computes in a dtype.
 
     Args:
         dtype: A name in ``HALF``.
         device: A device type, as ``mmengine.device.get_device`` gives it.
 
     Returns:
-        What to warn of, in one line; mostly nothing.
+        A warning in one line if the dtype is slow there, else an empty text.
 
     Raises:
         PrecisionError: for float16 on a CPU, which takes several times as long as float32.
@@ -64,12 +64,12 @@ def lowered(function: Callable[..., Any], device: str, dtype: torch.dtype, keep:
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Let backbone, neck and heads of a whole model compute in half precision, in place. It is for evaluation alone.
+    """Let backbone, neck and heads of a whole model compute in half precision, in place. It is for evaluation only.
 
-    Each of them runs under autocast. What stands between and behind them stays in float32: RoIAlign, the decoding of
-    boxes and non-maximum suppression, for which mmcv has no bfloat16 on a CPU and in which half precision moves boxes.
-    The layers of backbone and neck are rounded once. What is still to be folded is not: kernels are folded before they
-    are rounded.
+    Each of them runs under autocast. Everything between and behind them stays in float32: RoIAlign, the decoding of
+    boxes and non-maximum suppression. For these mmcv has no bfloat16 on a CPU, and half precision would move boxes. The
+    layers of backbone and neck are rounded once. Blocks that are not folded yet are not rounded: their kernels are
+    folded first.
 
     Args:
         model: A detector or a segmentor in ``eval`` mode, fused or not, on the device that it will run on.

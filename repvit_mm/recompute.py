@@ -223,7 +223,7 @@ def _convolution(options: Options, x: Tensor, kernel: Tensor, bias: Tensor) -> T
     with torch.autocast(x.device.type, enabled=False):
         if kernel.dtype is bias.dtype:
             return F.conv2d(x, kernel, bias, *options)
-        return conv_with_exact_bias(x.to(kernel.dtype), kernel, bias.float(), *options)
+        return conv_with_exact_bias(x.to(kernel.dtype), kernel, bias.float(), options)
 
 
 def _residual(options: Options, x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
@@ -248,5 +248,5 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kernel, *kept = ctx.saved_tensors
         x = ctx.recipe(*kept)
-        grads = conv_backward(grad, x.to(kernel.dtype), kernel, *ctx.options, ctx.needs_input_grad[3:])
+        grads = conv_backward(grad, x.to(kernel.dtype), kernel, ctx.options, ctx.needs_input_grad[3:])
         return None, None, None, *grads

@@ -26,7 +26,7 @@ from .recompute import convolve, runs_eagerly
 class Kernel(NamedTuple):
     """A convolution as two tensors: weight ``(C_out, C_in / groups, kH, kW)`` and bias ``(C_out,)``.
 
-    All that computes kernels takes stacks of them too, with the same further dimensions in front of both tensors.
+    Every function that computes kernels also takes stacks of them, with the same leading dimensions in both tensors.
     """
 
     weight: Tensor
@@ -219,7 +219,7 @@ class ReparamBlock(nn.Module, ABC):
         epsilons = [module.eps for module in tree_of(self) if isinstance(module, BatchNorm)]
         kept = self._kept
         if kept is None or not kept.matches(tensors, epsilons):
-            # What inference mode makes could not be used outside it.
+            # Tensors made in inference mode could not be used outside it.
             with torch.inference_mode(False), torch.no_grad():
                 kept = self._kept = KeptKernel(self.equivalent_kernel(), tensors, epsilons)
         return kept.kernel
@@ -321,8 +321,8 @@ class _KernelOf(nn.Module):
 def equivalent_kernels(blocks: Iterable[ReparamBlock]) -> dict[ReparamBlock, Kernel]:
     """The equivalent kernels of many blocks, those of blocks of one kind and size computed together.
 
-    A fraction of the operations of folding block by block, at the price of copying the parameters: what a GPU wants,
-    where each of these operations takes longer to launch than to run.
+    This takes a fraction of the operations that folding block by block takes, but it copies the parameters. It pays
+    off on a GPU, where each of these operations takes longer to launch than to run.
     """
     alike: dict[Any, list[ReparamBlock]] = {}
     for block in blocks:

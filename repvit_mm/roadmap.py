@@ -1,8 +1,8 @@
 """The road from MobileNetV3-L to RepViT, each step of it a network that runs.
 
 RepViT's paper (https://arxiv.org/abs/2307.09283, section 3) starts at MobileNetV3-L and changes one thing at a time.
-Here MobileNetV3-L is what :class:`RoadmapSpec` is by default, a step is the field that it changes, and the last step is
-RepViT-M1 of arXiv v1. ``docs/roadmap.md`` says for each step what the paper fixes and what had to be chosen.
+Here the defaults of :class:`RoadmapSpec` are MobileNetV3-L, each step sets fields of it, and the last step is RepViT-M1
+of arXiv v1. ``docs/roadmap.md`` says for each step what the paper fixes and what had to be chosen.
 
 These networks show what each step does. The networks to train and deploy are in :mod:`~repvit_mm.repvit`.
 """
@@ -229,7 +229,7 @@ class InvertedBottleneck(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """1x1 -> GELU -> 1x1 of any widths; residual if the width stays, and then RepViT's channel mixer.
+    """1x1 -> GELU -> 1x1. If input and output are equally wide it is residual: that is RepViT's channel mixer.
 
     Args:
         in_channels: Channels of the input.

@@ -71,7 +71,7 @@ class DType:
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
-        """Take the byte order, the second item. The others say again what the code says."""
+        """Take the byte order, the second item. The other items repeat what the code says."""
         if state[1] not in ('<', '>', '|', '='):
             raise pickle.UnpicklingError('the byte order of an array is none')
         self.dtype = self.dtype.newbyteorder(state[1])

@@ -42,7 +42,7 @@ def explain(info: Mapping[str, Any], error: Exception) -> SampleError:
 
 
 def check_label_map(packed: Any) -> None:
-    """Look at whether a packed sample's label map lies on its image: as it was read, or as the model gets it.
+    """Check that a packed sample's label map has the size of its image, as it was read or as the model gets it.
 
     Raises:
         SampleError: if its size is neither one.

@@ -137,7 +137,7 @@ def test_bias_is_added_before_the_sum_is_rounded(groups, size, dilation):
         """What every place of a channel is off by, the worst one's."""
         return (y.double() - exact).mean((0, 2, 3)).abs().max().item()
 
-    y = conv_with_exact_bias(x, weight, bias, *options)
+    y = conv_with_exact_bias(x, weight, bias, options)
     rounded = torch.nn.functional.conv2d(x, weight, bias.bfloat16(), *options)
     assert y.dtype is torch.bfloat16 and y.shape == exact.shape
     assert relative_error(y, exact) < 4e-3

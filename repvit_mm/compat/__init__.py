@@ -1,5 +1,5 @@
-"""What reaches into private parts of other libraries, each with its reason: an upgrade breaks these files alone.
+"""Everything that uses private parts of other libraries, with the reason for each use.
 
-``pytorch`` needs torch alone, ``openmmlab`` also MMEngine, ``mmcv`` and ``coreml`` the library of their name. Where
-there is a public way it is taken, elsewhere.
+An upgrade of a library can break these files and no others. ``pytorch`` needs only torch, ``openmmlab`` also MMEngine;
+``mmcv`` and ``coreml`` need the library of their name. What has a public way is not done here.
 """

@@ -1,4 +1,4 @@
-"""What reaches into private parts of coremltools, each with its reason. Seen with coremltools 9.0."""
+"""Uses of private parts of coremltools, with the reason for each. Tried with coremltools 9.0."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,18 +11,18 @@ from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_O
 
 @contextmanager
 def whole_number_division() -> Iterator[None]:
-    """Within it, whole numbers are divided as such: coremltools makes floats of them, which may be rounded.
+    """Within the context, integers are divided as integers. coremltools converts them to floats, which may be rounded.
 
-    Its registry of operators has a public way to add one, but none to put the old one back.
+    Its registry of operators has a public function to add an operator, but none to restore the one before.
     """
 
     def floor_divide(context: Any, node: Any) -> None:
         first, second = ops._get_inputs(context, node, expected=2)
         context.add(Builder.floor_div(x=first, y=second, name=node.name))
 
-    theirs = REGISTRY.get_func('floor_divide')
+    original = REGISTRY.get_func('floor_divide')
     REGISTRY.set_func_by_name(floor_divide, 'floor_divide')
     try:
         yield
     finally:
-        REGISTRY.set_func_by_name(theirs, 'floor_divide')
+        REGISTRY.set_func_by_name(original, 'floor_divide')

@@ -1,4 +1,4 @@
-"""What reaches into private parts of mmcv, each with its reason. Seen with mmcv 2.1.0."""
+"""Uses of private parts of mmcv, with the reason for each. Tried with mmcv 2.1.0."""
 
 import importlib
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from torch import Tensor
 
 @contextmanager
 def ties_in_order() -> Iterator[None]:
-    """Within it, detectors sort equal scores in the order of their indices, as ONNX's TopK promises to.
+    """Within the context, detectors sort equal scores in the order of their indices, as ONNX's TopK promises to.
 
-    MMDetection and mmcv sort by ``Tensor.sort``, which promises no order of equal elements. On CUDA it keeps that of
-    their indices for more than 32 elements (PyTorch's ``Sort.cu``). On a CPU it is the C++ library's ``std::sort``,
-    which mixes them for more than 16. It matters: scores behind a sigmoid are often equal in float32, and of two boxes
-    that overlap the first one goes on.
+    MMDetection and mmcv sort by ``Tensor.sort``, which promises no order of equal elements. On CUDA it keeps the order
+    of the indices if there are more than 32 elements (PyTorch's ``Sort.cu``). On a CPU it is the C++ library's
+    ``std::sort``, which mixes equal elements if there are more than 16. This matters because scores behind a sigmoid
+    are often equal in float32, and of two boxes that overlap only the first one is kept.
     """
     nms = importlib.import_module('mmcv.ops.nms')  # its package has a function of this name
     sort, extension = Tensor.sort, nms.ext_module

@@ -1,7 +1,7 @@
-"""What reaches into private parts of MMEngine, each with its reason. Seen with mmengine 0.10.7.
+"""Uses of private parts of MMEngine, with the reason for each. Tried with mmengine 0.10.7.
 
-Three classes of MMEngine do in the midst of one method what has to be done otherwise. They stand here with that method
-written anew, and what their subclasses may change is a public method of its own.
+Three classes of MMEngine have one long method, of which one step has to be done in another way. Their subclasses here
+rewrite that method, so that the step becomes a public method that further subclasses can override.
 """
 
 from abc import abstractmethod
@@ -30,8 +30,8 @@ from ..files import write_whole
 def offer_configs(package: str, module: str) -> None:
     """Let configs inherit from a package's: ``_base_ = '<package>::...'``.
 
-    MMEngine has a fixed table of the packages that it knows, by the names of their distributions. An editable install
-    has no files where it looks a distribution up; the name of a module leads it to the package itself.
+    MMEngine has a fixed table of packages and the names of their distributions. It looks for configs among the files of
+    the distribution, which an editable install does not have. By the name of a module it finds the package itself.
     """
     MODULE2PACKAGE.setdefault(package, module)
 
@@ -39,7 +39,7 @@ def offer_configs(package: str, module: str) -> None:
 def offer_configs_of_forks() -> None:
     """Let configs inherit from ``mmseg::...`` where MMSegmentation is the maintained fork.
 
-    MMEngine's fork, too, knows packages by the names of OpenMMLab's distributions. Seen with onedl-mmengine 0.10.12.
+    MMEngine's fork still looks for OpenMMLab's distributions, not for the forks. Seen with onedl-mmengine 0.10.12.
     """
     for module in FRAMEWORKS.keys() & MODULE2PACKAGE.keys():
         try:
@@ -50,7 +50,7 @@ def offer_configs_of_forks() -> None:
 
 
 def replace_reader_of_addresses(reader: Callable) -> None:
-    """Put a function in the place of ``load_from_http``.
+    """Replace MMEngine's ``load_from_http``.
 
     The registered readers of ``torchvision://``, ``open-mmlab://``, ``mmcls://`` and the like call it by this name.
     """
@@ -60,10 +60,11 @@ def replace_reader_of_addresses(reader: Callable) -> None:
 def watch_samples(explain: Callable[[Any, Exception], Exception], check: Callable[[Any], None]) -> None:
     """Look at each sample that a data set of MMEngine hands out, in every process that is forked from this one.
 
-    What a pipeline raises often does not name the file; a data set has no place where that could be added.
+    An exception of a pipeline often does not name the file, and a data set has no hook that could add the name.
 
     Args:
-        explain: Makes of what is known of a sample, and of what its pipeline raised, the exception that is raised.
+        explain: Takes the data set's information on a sample and the exception of its pipeline; returns the exception
+            to raise.
         check: Called with each sample.
     """
     if hasattr(BaseDataset.prepare_data, '__wrapped__'):
@@ -82,29 +83,29 @@ def watch_samples(explain: Callable[[Any, Exception], Exception], check: Callabl
 
 
 def iterator_within(batches: Iterator, dataloader: DataLoader) -> Iterator:
-    """Torch's iterator inside the endless one of an iteration-based loop, which offers whole batches alone.
+    """Torch's iterator inside the endless iterator of an iteration-based loop, which gives no access to it.
 
-    An iterator that is torch's own comes back as it is.
+    An iterator that is torch's own is returned as it is.
     """
     if not hasattr(batches, '_iterator'):
         return batches
-    if batches._iterator is None:  # the forks of MMEngine make it late
+    if batches._iterator is None:  # the forks of MMEngine create it later
         batches._iterator = iter(dataloader)
     return batches._iterator
 
 
 def may_normalize(preprocessor: object) -> bool:
-    """Whether this is a data preprocessor for images, which says whether it normalizes; MMEngine's plain one is not."""
+    """Whether this is a data preprocessor for images. MMEngine's plain ``BaseDataPreprocessor`` is not."""
     return hasattr(preprocessor, '_enable_normalize')
 
 
 def normalizes(preprocessor: nn.Module) -> bool:
-    """Whether a data preprocessor normalizes images, which those of MMEngine, MMDetection and MMSegmentation keep."""
+    """Whether a data preprocessor normalizes images, which MMEngine and its libraries keep in a private attribute."""
     return getattr(preprocessor, '_enable_normalize', False)
 
 
 def reverses_channels(preprocessor: nn.Module) -> bool:
-    """Whether a data preprocessor hands BGR images over as RGB; MMDetection's does not say so publicly."""
+    """Whether a data preprocessor turns BGR images into RGB, which MMDetection's keeps in a private attribute."""
     names = ('channel_conversion', 'to_rgb', '_channel_conversion')  # MMSegmentation's, MMPretrain's, MMDetection's
     return next((bool(getattr(preprocessor, name)) for name in names if hasattr(preprocessor, name)), False)
 
@@ -126,10 +127,10 @@ def save_to_resume_from(runner: Runner, folder: str, filename: str, **options: A
 
 
 class SavingBeforeRemovingHook(CheckpointHook):
-    """MMEngine's hook in an order that survives being killed.
+    """MMEngine's hook, which may be killed at any moment without losing the last checkpoint.
 
-    MMEngine removes outdated checkpoints before it saves the next one, in two private methods. Here the order is: the
-    checkpoint, ``last_checkpoint``, which is there whole or not at all, the removal.
+    MMEngine removes outdated checkpoints before it saves the next one, in two private methods. Here the checkpoint is
+    saved first, then ``last_checkpoint`` is written, whole or not at all, and outdated checkpoints are removed last.
     """
 
     def before_save(self, runner: Runner) -> None:
@@ -169,7 +170,8 @@ class SavingBeforeRemovingHook(CheckpointHook):
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         kept = []
         if self.max_keep_ckpts > 0:
-            # The file to remove is named in the checkpoint: a run killed before it is gone removes it as it resumes.
+            # The checkpoint also names the file that is to be removed. If the run is killed before it has removed the
+            # file, it does so when it is resumed.
             kept = [*(other for other in self.keep_ckpt_ids if other != step), step]
             runner.message_hub.update_info('keep_ckpt_ids', kept)
         filename = self.filename_tmpl.format(step)
@@ -185,7 +187,7 @@ class SavingBeforeRemovingHook(CheckpointHook):
             runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
-        """As MMEngine's, which removes the previous best files that it knows of first: here it knows of none."""
+        """Let MMEngine save the best checkpoint without knowing the previous one, which it would remove first."""
         if not self.save_best:
             return
         several = len(self.key_indicators) > 1
@@ -202,7 +204,7 @@ class SavingBeforeRemovingHook(CheckpointHook):
 
 
 class SkippingEpochBasedTrainLoop(EpochBasedTrainLoop):
-    """MMEngine's loop, which also goes on within an epoch. MMEngine begins the epoch anew, and counts on."""
+    """MMEngine's loop, which can also resume within an epoch. MMEngine's own repeats the whole epoch."""
 
     @abstractmethod
     def skip_trained_data(self, batches: Iterator, steps: int) -> None:
@@ -234,7 +236,7 @@ class SkippingEpochBasedTrainLoop(EpochBasedTrainLoop):
 class SkippingIterBasedTrainLoop(IterBasedTrainLoop):
     """MMEngine's loop, in which passing over the data that was trained on is a method.
 
-    MMEngine does it within ``run``, by making each batch; its forks do it in another way.
+    MMEngine does it inside ``run``, by making each batch; its forks do it in another way.
     """
 
     @abstractmethod

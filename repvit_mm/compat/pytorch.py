@@ -1,4 +1,4 @@
-"""What reaches into private parts of torch, each with its reason. Seen with torch 2.13.0."""
+"""Uses of private parts of torch, with the reason for each. Tried with torch 2.13.0."""
 
 import pickle
 import re
@@ -24,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
     'BatchNorm',
+    'ConvOptions',
     'InstanceNorm',
     'TorchDispatchMode',
     'WeakTensorKeyDictionary',
@@ -49,8 +50,12 @@ __all__ = [
 ]
 
 
+ConvOptions = tuple[int, int, int, int]
+"""Stride, zero padding, dilation and groups of a convolution, the first three for height and width alike."""
+
+
 def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks are registered that see a module's calls, or those of all modules; there is no public question."""
+    """Whether hooks see a module's calls, its own or those for all modules; torch has no public function for it."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -86,7 +91,7 @@ def is_transforming() -> bool:
 def tree_of(module: nn.Module) -> list[nn.Module]:
     """A module and all below it.
 
-    As ``modules()``, which takes several times as long. That counts where each block looks at itself in every pass.
+    ``modules()`` gives the same and takes several times as long, which matters because each block asks in every pass.
     """
     tree = [module]
     for parent in tree:
@@ -104,7 +109,7 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor has been changed in place, as far as autograd counts: the only public use is its error."""
+    """How many in-place changes of a tensor autograd has counted; it shows the number in an error message only."""
     return tensor._version
 
 
@@ -118,9 +123,7 @@ def multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def conv_with_exact_bias(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, dilation: int, groups: int
-) -> Tensor:
+def conv_with_exact_bias(x: Tensor, weight: Tensor, bias: Tensor, options: ConvOptions) -> Tensor:
     """A convolution in half precision whose bias is added in float32, before the sum is rounded.
 
     ``torch.nn.functional.conv2d`` wants the bias in the dtype of the map. oneDNN adds a float32 one where it
@@ -130,60 +133,45 @@ def conv_with_exact_bias(
         x: Map ``(N, C_in, H, W)``.
         weight: Kernel ``(C_out, C_in / groups, kH, kW)``, in the dtype of the map.
         bias: ``(C_out,)``, float32.
-        stride: Stride.
-        padding: Zero padding.
-        dilation: Distance between the places that a kernel reads.
-        groups: Groups.
+        options: Of the convolution.
     """
     if x.device.type == 'cpu' and x.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return conv_activated(x, weight, bias, stride, padding, dilation, groups, 'none')
-    y = torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups)
+        return conv_activated(x, weight, bias, options, 'none')
+    y = torch.nn.functional.conv2d(x, weight, None, *options)
     return y.add_(bias.view(-1, 1, 1))
 
 
 ACTIVATIONS = {'none': '', 'relu': '', 'gelu': 'none'}
-"""What oneDNN applies to the output of a convolution -> the approximation of it; GELU is exact."""
+"""Activation that oneDNN applies to the output of a convolution -> how it may approximate it: GELU not at all."""
 
 
-def conv_activated(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: int,
-    dilation: int,
-    groups: int,
-    activation: str,
-) -> Tensor:
+def _pairs(options: ConvOptions) -> tuple[list[int], list[int], list[int], int]:
+    """Padding, stride, dilation and groups, as oneDNN's operators take them: for height and width separately."""
+    stride, padding, dilation, groups = options
+    return [padding] * 2, [stride] * 2, [dilation] * 2, groups
+
+
+def conv_activated(x: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, activation: str) -> Tensor:
     """A convolution and the activation of its output in one operation of oneDNN's, on a CPU and without gradients.
 
     ``torch.compile`` uses these operators; they have no public name. Arguments as for :func:`conv_with_exact_bias`,
     ``activation`` is a key of ``ACTIVATIONS``.
     """
-    options = [padding] * 2, [stride] * 2, [dilation] * 2, groups
-    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *options, activation, [], ACTIVATIONS[activation])
+    approximation = ACTIVATIONS[activation]
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *_pairs(options), activation, [], approximation)
 
 
-def add_conv_(
-    total: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: int,
-    dilation: int,
-    groups: int,
-) -> Tensor:
+def add_conv_(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Tensor:
     """``total += convolution(x)`` in one operation of oneDNN's, as :func:`conv_activated`."""
-    options = [padding] * 2, [stride] * 2, [dilation] * 2, groups
-    return torch.ops.mkldnn._convolution_pointwise_.binary(total, x, weight, bias, *options, 'add', 1.0, None, [], None)
+    add = torch.ops.mkldnn._convolution_pointwise_.binary
+    return add(total, x, weight, bias, *_pairs(options), 'add', 1.0, None, [], None)
 
 
 @cache
 def fuses_into_convolutions() -> bool:
     """Whether oneDNN's convolutions are there, take activations and sums along, and compute them right in float32.
 
-    All is tried once, on a small map: an operator without a public name may change or go.
+    They are tried once, on a small map, because operators without a public name may change or disappear.
     """
     if not torch.backends.mkldnn.is_available():
         return False
@@ -196,37 +184,30 @@ def fuses_into_convolutions() -> bool:
     expected = torch.nn.functional.gelu(y), torch.relu(y), y + total
     try:
         with torch.inference_mode():
-            found = [conv_activated(x, weight, bias, 1, 0, 1, 1, activation) for activation in ('gelu', 'relu')]
-            found.append(add_conv_(total.clone(), x, weight, bias, 1, 0, 1, 1))
+            found = [conv_activated(x, weight, bias, (1, 0, 1, 1), activation) for activation in ('gelu', 'relu')]
+            found.append(add_conv_(total.clone(), x, weight, bias, (1, 0, 1, 1)))
     except (AttributeError, RuntimeError, TypeError):
         return False
     return all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(found, expected, strict=True))
 
 
 def conv_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
-    groups: int,
-    needed: Sequence[bool],
+    grad: Tensor, x: Tensor, weight: Tensor, options: ConvOptions, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of a convolution's input, weight and bias, those that are ``needed``, in one operation.
 
     ``torch.nn.grad`` has one function for the input and one for the weight, and none for the bias.
     """
-    bias_shape, strides, paddings, dilations = [len(weight)], [stride] * 2, [padding] * 2, [dilation] * 2
+    padding, stride, dilation, groups = _pairs(options)
     return torch.ops.aten.convolution_backward(
-        grad, x, weight, bias_shape, strides, paddings, dilations, False, [0, 0], groups, needed
+        grad, x, weight, [len(weight)], stride, padding, dilation, False, [0, 0], groups, needed
     )
 
 
 def draw_indices(batches: Iterator) -> None:
-    """Pass over the next batch of a data loader's iterator by drawing its indices alone.
+    """Skip the next batch of a data loader's iterator by drawing only its indices.
 
-    A data loader has no public way to leave out batches without making them.
+    A data loader has no public way to skip a batch without making it.
 
     Raises:
         StopIteration: at the end of the data.
@@ -235,16 +216,16 @@ def draw_indices(batches: Iterator) -> None:
 
 
 def refused_global(error: pickle.UnpicklingError) -> str | None:
-    """The function or class that a file refers to and that reading with ``weights_only`` refused, if that is why.
+    """The function or class for which ``weights_only`` refused a file; ``None`` if the file failed for another reason.
 
-    The error carries it in its message alone; ``get_unsafe_globals_in_checkpoint`` cannot read files older than 1.6.
+    Only the error's message has the name. ``get_unsafe_globals_in_checkpoint`` cannot read files of torch before 1.6.
     """
     match = re.search(r'GLOBAL (\S+)', str(error))
     return match[1] if match else None
 
 
 def unpickling_reason(error: pickle.UnpicklingError) -> str:
-    """Why reading with ``weights_only`` failed, without torch's advice before and after it to read without."""
+    """Why reading with ``weights_only`` failed, without torch's advice to switch it off."""
     reason = str(error).rpartition('WeightsUnpickler error:')[2].partition('Check the documentation')[0]
     return ' '.join(reason.split())
 
@@ -255,17 +236,17 @@ def children_of(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def scan(*args: Any) -> Any:
-    """Torch's loop that ``torch.export`` keeps as one; it has no public name, and takes long to import."""
+    """Torch's loop operator, which ``torch.export`` keeps as a loop. It has no public name and is slow to import."""
     from torch._higher_order_ops.scan import scan
 
     return scan(*args)
 
 
 def any_row_count(enabled: bool) -> AbstractContextManager:
-    """Within the context ``torch.export`` does not take a size of 1 for a special case.
+    """Within the context ``torch.export`` does not treat a size of 1 as a special case.
 
-    Otherwise a program that was traced with maps of several rows would refuse those of a single one. Torch 2.6 has no
-    such setting.
+    Otherwise a program that was traced with maps of several rows would refuse maps of one row. Torch 2.6 has no such
+    setting.
     """
     from torch.fx.experimental import _config
 

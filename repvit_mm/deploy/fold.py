@@ -72,8 +72,8 @@ def fold_conv_norms(model: nn.Module) -> FoldReport:
         ValueError: if a norm is in training mode, so that its statistics are not frozen. Nothing is folded then.
     """
     backbones = [module for module in model.modules() if isinstance(module, ReparamBackbone)]
-    theirs = {module for backbone in backbones for module in backbone.modules()}
-    modules = {name: module for name, module in model.named_modules() if module not in theirs}
+    in_backbones = {module for backbone in backbones for module in backbone.modules()}
+    modules = {name: module for name, module in model.named_modules() if module not in in_backbones}
     norms = {name: module for name, module in modules.items() if _is_norm(module)}
     for name, norm in norms.items():
         if isinstance(norm, BatchNorm) and norm.training:

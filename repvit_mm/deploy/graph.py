@@ -40,7 +40,7 @@ class Preprocess(nn.Module):
         std: Standard deviation of each channel, RGB.
         divisor: Each side is padded to a multiple of it.
         least: Height and width that images are padded to at least.
-        value: What is padded with, in units of the normalized image.
+        value: Value of the padding, in units of the normalized image.
         bgr: Whether the network wants BGR.
     """
 

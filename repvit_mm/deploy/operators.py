@@ -35,8 +35,8 @@ def decode_deltas(
     Args:
         anchors: ``(..., 4)``.
         deltas: ``(..., 4)``: shifts of the centre in terms of the anchor's size, logarithms of the growth of its sides.
-        means: Added to the deltas, after these were multiplied by
-        stds: the four standard deviations.
+        means: Four means, which are added to the deltas after these were multiplied by ``stds``.
+        stds: Four standard deviations.
         ratio_clip: Sides grow by at most its inverse and, unless the centre is clipped, shrink to at least it.
         centre_clip: Largest shift of a centre in pixels, if there is a limit.
 
@@ -78,7 +78,7 @@ def clip_boxes(boxes: Tensor, height: Size, width: Size) -> Tensor:
 
 
 def at_most(x: Tensor, limit: Size) -> Tensor:
-    """The smaller one of each element and a limit."""
+    """Each element, but at most the limit."""
     return torch.minimum(x, limit.to(x)) if isinstance(limit, Tensor) else x.clamp(max=limit)
 
 
@@ -90,7 +90,7 @@ def smaller(k: int, count: Size) -> Size:
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of ``(N, M, D)`` by an index ``(N, K)`` for each of the N: ``(N, K, D)``."""
+    """Gather rows: from ``(N, M, D)`` those with the indices ``(N, K)``, as ``(N, K, D)``."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 

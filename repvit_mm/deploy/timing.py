@@ -1,4 +1,4 @@
-"""Times of several candidates side by side, so that a swing of the machine meets all of them."""
+"""Times several candidates in turns, so that changes in the machine's speed affect all of them alike."""
 
 import statistics
 import time
@@ -35,7 +35,7 @@ def interleave(
     label: str = '',
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Spread]:
-    """Time candidates side by side, so that a swing of the machine meets all of them.
+    """Time candidates in turns, so that changes in the machine's speed affect all of them alike.
 
     In each round every candidate has one turn, and each round begins with another candidate. A turn is two runs, of
     which the second is timed: the first brings the candidate's weights back into the caches and lets the threads of
