@@ -15,6 +15,7 @@ from rich.table import Table
 
 from repvit_mm.data_check import Report, check_config
 from repvit_mm.data_check.paths import SPLITS
+from repvit_mm.data_check.report import count
 from repvit_mm.data_check.sheet import contact_sheet
 from repvit_mm.files import write_whole
 from repvit_mm.messages import one_line
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     unreadable = any(not report.images for report in reports)
     if args.images and cfg.get('train_dataloader') and not unreadable:
         draw(cfg, args.out or Path('work_dirs', Path(args.config).stem, 'data.png'), args.images)
-    print(f'{len(reports)} data sets: {errors} errors, {warned} warnings')
+    print(f'{count(len(reports), "data set")}: {count(errors, "error")}, {count(warned, "warning")}')
     if errors:
         sys.exit(1)
 

@@ -330,6 +330,5 @@ def check_balance(report: Report) -> None:
     """Report the classes that a training data set does not show."""
     absent = [name for index, name in enumerate(report.classes) if not report.amounts[index]]
     if report.amounts and absent and report.looked_at == report.images:
-        report.warn(
-            f'{report.name}: nothing to learn {some(absent, 5)} from: no {report.unit} of {len(absent)} classes'
-        )
+        classes = count(len(absent), 'class')
+        report.warn(f'{report.name}: nothing to learn {some(absent, 5)} from: no {report.unit} of {classes}')
