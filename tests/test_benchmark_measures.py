@@ -108,13 +108,16 @@ class TestTraffic:
         arch = dict(channels=(8, 16, 24, 32), depths=(6, 4, 4, 1))
         rows = measure_traffic('small', randomize(RepViT(arch, norm_eval=True)).train(), 1, (384, 384))
         assert [(row['name'], row['route']) for row in rows] == [
-            (f'small {precision}', route) for precision in ('float32', 'mixed') for route in ('plain', 'folded')
+            (f'small {precision}', route)
+            for precision in ('float32', 'mixed')
+            for route in ('plain', 'folded', 'folded, kernels together')
         ]
         assert all(row['operations'] > 100 and row['bias_bytes'] > 0 for row in rows)
-        for plain, folded in (rows[:2], rows[2:]):
+        for plain, folded, together in (rows[:3], rows[3:]):
             assert folded['times_plain'] == folded['elementwise_bytes'] / plain['elementwise_bytes'] < 0.6
             assert plain['times_plain'] == 1
-        assert rows[3]['elementwise_bytes'] < 0.6 * rows[1]['elementwise_bytes'], 'maps are half as large'
+            assert together['operations'] < folded['operations'] and together['bias_bytes'] == folded['bias_bytes']
+        assert rows[4]['elementwise_bytes'] < 0.6 * rows[1]['elementwise_bytes'], 'maps are half as large'
 
 
 NETWORKS = {
