@@ -159,6 +159,19 @@ class ReLU(nn.ReLU):
         return F.relu(x) if recipe_of(x) is None else recomputable(F.relu, x)
 
 
+_ALONG = ContextVar('along', default=True)
+
+
+@contextmanager
+def module_by_module() -> Iterator[None]:
+    """Within the context no convolution takes an activation or a residual sum along."""
+    token = _ALONG.set(False)
+    try:
+        yield
+    finally:
+        _ALONG.reset(token)
+
+
 def activated(conv: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
     """``act(conv(x))``, in one operation where oneDNN offers it and no module in between has to be called.
 
@@ -197,7 +210,7 @@ def _single_convolution(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | No
         return None
     if torch.is_autocast_enabled('cpu') or not x.is_contiguous(memory_format=torch.channels_last):
         return None
-    if not (torch.backends.mkldnn.enabled and fuses_into_convolutions()):
+    if not (_ALONG.get() and torch.backends.mkldnn.enabled and fuses_into_convolutions()):
         return None
     if isinstance(conv, ReparamBlock) and conv.runs_folded():
         weight, bias = conv.kernel()

@@ -42,6 +42,7 @@ from repvit_mm.checkpoint import CheckpointError
 from repvit_mm.layers import SqueezeExcite, StochasticDepth
 from repvit_mm.reparam import ReparamBlock, kernels_together, plain_formulation, reparam_blocks
 
+DEEPER = next(golden for golden in GOLDENS if golden.arch == 't12')
 FIRST_GOLDENS = list({golden.backbone: golden for golden in reversed(GOLDENS)}.values())
 # Those of the small networks that have stochastic depth.
 RESIDUAL = [name for name, (cls, _) in SMALL.items() if family_of(cls).residual]
@@ -381,7 +382,7 @@ class TestFolding:
             loss = total(network(x))
         assert max(map(relative_error, torch.autograd.grad(loss, leaves), expected)) < 1e-9
 
-    @pytest.mark.parametrize('golden', FIRST_GOLDENS, ids=lambda golden: golden.name)
+    @pytest.mark.parametrize('golden', [*FIRST_GOLDENS, DEEPER], ids=lambda golden: golden.name)
     def test_gradients_in_float32_and_under_autocast(self, golden):
         """Distances from float64, each over all parameters: tiny, and no larger than that of the branches."""
         network = golden.backbone(golden.arch, norm_eval=True).train()

@@ -84,11 +84,23 @@ def test_backbone_from_the_command_line_without_mmcv(tmp_path):
 
 @pytest.mark.slow
 def test_train_from_the_command_line(tmp_path):
-    done = launch('train', 'm0_6', '--size', '64', '96', '--rounds', '2', '--out-dir', tmp_path)
+    done = launch('train', 'm0_6', '--amp', '--size', '64', '96', '--rounds', '2', '--out-dir', tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = results(tmp_path, 'train')['rows']
-    assert [row['route'] for row in rows] == ['plain', 'folded']
+    assert [row['route'] for row in rows] == ['plain', 'folded', 'plain, mixed', 'folded, mixed']
+    assert rows[2]['saved_bytes'] < rows[0]['saved_bytes'] and rows[3]['saved_bytes'] < rows[1]['saved_bytes']
     assert all(row['saved_bytes'] > 0 and row['peak_bytes'] > 0 and row['ms'] > 0 for row in rows)
+
+
+def test_distances_of_gradients_from_the_command_line(tmp_path, capsys):
+    benchmark.main(f'train m0_6 t8 --gradients --size 32 --rounds 1 --out-dir {tmp_path}'.split())
+    shown = capsys.readouterr().out
+    assert 'distances from float64 in mixed precision' in shown and 'FastViT:t8' in shown
+    rows = results(tmp_path, 'train')['rows']
+    assert [(row['name'], row['route']) for row in rows] == [
+        (name, route) for name in ('RepViT:m0_6', 'FastViT:t8') for route in ('plain', 'folded')
+    ]
+    assert all(0 < row[loss] < 1 for row in rows for loss in ('drawn', 'squares'))
 
 
 @pytest.mark.parametrize(

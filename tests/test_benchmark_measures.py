@@ -7,12 +7,13 @@ import torch
 from helpers import SMALL, largest_error, randomize
 from torch import nn
 
-from repvit_mm import RepViT, switch_to_deploy
+from repvit_mm import FastViT, MobileOne, RepViT, switch_to_deploy
 from repvit_mm.deploy.benchmark import measures
 from repvit_mm.deploy.benchmark.measures import count_macs, count_parameters, matrix_product, peak_bytes, saved_bytes
 from repvit_mm.deploy.benchmark.routes import plain_copy
 from repvit_mm.deploy.benchmark.synthetic import make_trained_like
-from repvit_mm.deploy.benchmark.training import measure_traffic
+from repvit_mm.deploy.benchmark.training import LOSSES, measure_gradients, measure_traffic
+from repvit_mm.fastvit import RepMixer
 
 CPU = torch.device('cpu')
 
@@ -107,13 +108,49 @@ class TestTraffic:
         arch = dict(channels=(8, 16, 24, 32), depths=(6, 4, 4, 1))
         rows = measure_traffic('small', randomize(RepViT(arch, norm_eval=True)).train(), 1, (384, 384))
         assert [(row['name'], row['route']) for row in rows] == [
-            (f'small {precision}', route) for precision in ('float32', 'mixed') for route in ('plain', 'folded')
+            (f'small {precision}', route)
+            for precision in ('float32', 'mixed')
+            for route in ('plain', 'folded', 'folded, kernels together')
         ]
         assert all(row['operations'] > 100 and row['bias_bytes'] > 0 for row in rows)
-        for plain, folded in (rows[:2], rows[2:]):
+        for plain, folded, together in (rows[:3], rows[3:]):
             assert folded['times_plain'] == folded['elementwise_bytes'] / plain['elementwise_bytes'] < 0.6
             assert plain['times_plain'] == 1
-        assert rows[3]['elementwise_bytes'] < 0.6 * rows[1]['elementwise_bytes'], 'maps are half as large'
+            assert together['operations'] < folded['operations'] and together['bias_bytes'] == folded['bias_bytes']
+        assert rows[4]['elementwise_bytes'] < 0.6 * rows[1]['elementwise_bytes'], 'maps are half as large'
+
+
+NETWORKS = {
+    'fastvit': (FastViT, dict(channels=(8, 16, 32, 64), depths=(1, 1, 12, 1), mlp_ratio=2)),
+    'attention': (FastViT, dict(channels=(8, 16, 32, 64), depths=(1, 1, 6, 4), mlp_ratio=2, attention=True)),
+    'mobileone': (MobileOne, dict(channels=(16, 32, 48, 64), depths=(1, 3, 6, 1), num_convs=2)),
+}
+
+
+class TestGradients:
+    """In mixed precision they are no farther from float64 than the branches', however deep the network is."""
+
+    def times_plain(self, name: str) -> list[float]:
+        cls, arch = NETWORKS[name]
+        networks = []
+        for seed in range(2):
+            torch.manual_seed(seed)
+            networks.append(cls(arch, norm_eval=True))
+            make_trained_like(networks[-1], torch.randn(2, 3, 96, 96))
+        plain, folded = measure_gradients(name, [network.train() for network in networks], 2, (64, 64))
+        assert (plain['route'], folded['route']) == ('plain', 'folded')
+        assert all(1e-3 < row[loss] < 0.2 for row in (plain, folded) for loss in LOSSES)
+        assert all(folded[f'{loss}_times_plain'] == folded[loss] / plain[loss] for loss in LOSSES)
+        return [folded[f'{loss}_times_plain'] for loss in LOSSES]
+
+    @pytest.mark.parametrize('name', NETWORKS)
+    def test_no_farther_than_those_of_the_branches(self, name):
+        assert max(self.times_plain(name)) < 1
+
+    def test_residual_sums_in_bfloat16_are_noticed(self, monkeypatch):
+        """Twin: the branches' layer scale keeps them in float32."""
+        monkeypatch.delattr(RepMixer, 'forward')
+        assert min(self.times_plain('fastvit')) > 1
 
 
 def test_weights_like_trained_ones():

@@ -43,7 +43,7 @@ def small_source() -> Source:
     return Source('RepViT:small', randomize(cls(arch)).eval(), torch.randn(2, 3, 64, 64))
 
 
-@pytest.mark.parametrize('name', ['plain', 'folded', 'fused_plain', 'fused'])
+@pytest.mark.parametrize('name', ['plain', 'folded', 'fused_plain', 'fused', 'fused_modules'])
 def test_each_gives_the_maps(name):
     source = small_source()
     with ExitStack() as stack, torch.no_grad():

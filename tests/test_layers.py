@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from repvit_mm.layers import (
     StochasticDepth,
     activated,
     add_convolved,
+    module_by_module,
     overwriting,
 )
 from repvit_mm.reparam import plain_formulation
@@ -182,7 +185,8 @@ class TestInOneOperation:
 
     @torch.no_grad()
     @pytest.mark.parametrize(
-        'obstacle', ['somebody looks', 'float64', 'other format', 'autocast', 'no such operator', 'another activation']
+        'obstacle',
+        ['somebody looks', 'switched off', 'float64', 'other format', 'autocast', 'no such operator', 'another act'],
     )
     def test_falls_back(self, x, obstacle, monkeypatch):
         conv, act, hidden = nn.Conv2d(6, 6, 1), GELU(), torch.randn_like(x)
@@ -192,13 +196,14 @@ class TestInOneOperation:
             x, hidden = x.contiguous(), hidden.contiguous()
         elif obstacle == 'no such operator':
             monkeypatch.setattr('repvit_mm.layers.fuses_into_convolutions', lambda: False)
-        elif obstacle == 'another activation':
+        elif obstacle == 'another act':
             act = nn.SiLU()
         with torch.autocast('cpu', torch.bfloat16, enabled=obstacle == 'autocast'):
             expected = act(conv(x)), x + conv(hidden)
-            with overwriting(obstacle != 'somebody looks'), Operations() as seen:
+            switch = module_by_module() if obstacle == 'switched off' else nullcontext()
+            with overwriting(obstacle != 'somebody looks'), switch, Operations() as seen:
                 y = activated(conv, act, x)
-                if obstacle != 'another activation':
+                if obstacle != 'another act':
                     total = add_convolved(x, conv, StochasticDepth(0.0), hidden)
                     assert relative_error(total, expected[1]) < 1e-6 and total.dtype is expected[1].dtype
         assert relative_error(y, expected[0]) < 1e-6 and y.dtype is expected[0].dtype

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...backbone import ReparamBackbone
+from ...layers import module_by_module
 from ...messages import one_line
 from ...precision import check_dtype
 from ...reparam import plain_formulation, switch_to_deploy
@@ -117,6 +118,12 @@ def fused_plain(source: Source, stack: ExitStack) -> Route:
 def fused(source: Source, stack: ExitStack) -> Route:
     """Fused, as the package deploys it."""
     return run_network(fused_copy(source), source.images)
+
+
+def fused_modules(source: Source, stack: ExitStack) -> Route:
+    """Fused, as the package deploys it, but module by module: convolutions take nothing along."""
+    network = fused_copy(source)
+    return Route(module_by_module()(lambda: network(source.images)), network)
 
 
 def fused_bf16(source: Source, stack: ExitStack) -> Route:
@@ -262,6 +269,7 @@ ROUTES: dict[str, Callable[[Source, ExitStack], Route]] = {
     'folded': folded,
     'fused_plain': fused_plain,
     'fused': fused,
+    'fused_modules': fused_modules,
     'fused_bf16': fused_bf16,
     'channels_last': channels_last,
     'compiled': compiled,

@@ -18,13 +18,16 @@ def make_trained_like(network: nn.Module, images: Tensor) -> None:
 
     A norm or a layer scale starts as a constant, often as nothing, and would hide an error behind it. Constants are
     drawn anew, and the norms take their statistics from a batch, so that the maps keep their size through all blocks.
+    Kernels of a single number are drawn away from zero: the norm behind one would divide by as little, and that
+    number's gradient outweigh all others.
 
     Args:
         network: The network; it is left in ``eval`` mode.
         images: A batch ``(N, 3, H, W)``.
     """
     for parameter in network.parameters():
-        if parameter.numel() > 1 and parameter.min() == parameter.max():
+        constant = parameter.numel() > 1 and parameter.min() == parameter.max()
+        if constant or (parameter.dim() == 4 and parameter[0].numel() == 1):
             nn.init.uniform_(parameter, 0.5, 1.5)
     norms = [module for module in network.eval().modules() if isinstance(module, BatchNorm)]
     momenta = [norm.momentum for norm in norms]

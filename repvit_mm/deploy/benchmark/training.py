@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from torch import Tensor, nn
 
-from ...reparam import reparam_blocks
+from ...reparam import kernels_together, reparam_blocks
 from ..timing import Run, interleave
 from ..verify import relative_error
 from .measures import Traffic, peak_bytes, saved_bytes
@@ -84,18 +85,29 @@ def measure_traffic(name: str, network: nn.Module, batch: int, size: tuple[int, 
     images = torch.randn(batch, 3, *size, device=next(network.parameters()).device)
     rows = []
     with ExitStack() as stack:
-        networks = {'plain': plain_copy(network, stack), 'folded': network}
+        twin = plain_copy(network, stack)
         for amp in (False, True):
-            precision = 'mixed' if amp else 'float32'
-            for route, twin in networks.items():
-                step = training_step(twin, images, amp)
+            folded = training_step(network, images, amp)
+            steps = {
+                'plain': training_step(twin, images, amp),
+                'folded': folded,
+                'folded, kernels together': partial(with_kernels_together, network, folded),
+            }
+            first: dict[str, Any] = {}
+            for route, step in steps.items():
                 with Traffic() as traffic:
                     step()
-                row = {'name': f'{name} {precision}', 'batch': batch, 'route': route}
-                rows.append(row | {field: getattr(traffic, field) for field in TRAFFIC})
-    for row, plain in zip(rows, [row for row in rows if row['route'] == 'plain' for _ in networks], strict=True):
-        row['times_plain'] = row['elementwise_bytes'] / plain['elementwise_bytes']
+                row = {'name': f'{name} {"mixed" if amp else "float32"}', 'batch': batch, 'route': route}
+                row |= {field: getattr(traffic, field) for field in TRAFFIC}
+                first = first or row
+                rows.append(row | {'times_plain': row['elementwise_bytes'] / first['elementwise_bytes']})
     return rows
+
+
+def with_kernels_together(network: nn.Module, step: Run) -> None:
+    """A step for which the kernels of all blocks of one kind and size are folded together, as on a GPU."""
+    with kernels_together(network):
+        step()
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
