@@ -94,7 +94,8 @@ def _parts(module: nn.Module, name: str = '') -> Iterator[tuple[str, nn.Module]]
         yield name, module
         return
     is_list = isinstance(module, nn.ModuleList)
-    inner = [part for own, child in module.named_children() for part in _parts(child, name if is_list else own)]
+    children = module.named_children()
+    inner = [part for child_name, child in children for part in _parts(child, name if is_list else child_name)]
     yield from inner
     if name.endswith('head') and not (inner or is_list):
         yield name, module

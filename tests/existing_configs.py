@@ -311,13 +311,13 @@ INTRODUCTION = """\
 
 <!-- Written by `python tests/existing_configs.py`; `tests/test_existing_configs.py` tries every entry. -->
 
-Each config below is a whole file: one of MMDetection's or MMSegmentation's own as `_base_`, and all that changes. The
-tests build each one, take a training loss with a finite gradient for every parameter of the backbone, predict, fuse and
-predict the same again. They were not trained to published figures.
+Each config below is complete: its `_base_` is one of MMDetection's or MMSegmentation's own configs, and the rest is all
+that changes. The tests build each model, compute a training loss with a finite gradient for every parameter of the
+backbone, predict, fuse, and predict the same again. The models were not trained to published figures.
 
-- `_delete_=True` drops what the base says of its backbone, its pretrained weights too. Bases of MMSegmentation name
-  those beside the backbone: `pretrained=None`. Ours are one more option of the backbone, with the addresses that the
-  configs in `configs/` have: `init_cfg=dict(type='Pretrained', checkpoint=...)`.
+- `_delete_=True` drops the base's backbone with its pretrained weights. Some bases of MMSegmentation name these weights
+  beside the backbone: `pretrained=None` drops them. For pretrained weights of the new backbone, add
+  `init_cfg=dict(type='Pretrained', checkpoint=...)` to it, with the address that a config in `configs/` has.
 - Pretrained weights expect RGB images, normalized with ImageNet's mean and standard deviation. Where a base feeds
   something else, its `data_preprocessor` is changed. Building a model warns if it is not.
 - `norm_eval=True` freezes BatchNorm's statistics, which saves memory and time; take it for small batches.

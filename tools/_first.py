@@ -1,4 +1,4 @@
-"""What every launcher imports first: a library that is missing or broken is then told in one line."""
+"""Every launcher imports this first: a missing or broken library then gives one line, not a traceback."""
 
 import sys
 import warnings

@@ -1,4 +1,4 @@
-"""What the launchers share: reading a config, and saying in one line what in it cannot work here."""
+"""What the launchers share: common options, reading a config, and one-line messages about what cannot work."""
 
 import argparse
 import difflib
@@ -37,7 +37,7 @@ from repvit_mm.samples import SampleError, name_samples
 TOOLS = Path(__file__).resolve().parent
 
 SMALLEST_SIDE = 32
-"""Of images that are measured, in pixels."""
+"""Smallest side in pixels of the images that are measured on."""
 
 LAUNCHERS = {
     'pytorch': ('RANK', 'torchrun, as tools/dist_train.sh does'),
@@ -92,11 +92,11 @@ def add_measuring_arguments(
     """The options that all measurements share.
 
     Args:
-        parser: Gets them.
-        size: Height and width unless given, or one number for both; ``None`` for a config's.
-        rounds: Counted rounds unless given.
-        folder: Where results go unless said otherwise.
-        outputs: What the results' files are called.
+        parser: The parser that they are added to.
+        size: Default height and width, or one number for both; ``None`` for the config's own size.
+        rounds: Default number of rounds that count.
+        folder: Default folder for the results.
+        outputs: Name of the results' files without suffix, for the help text.
     """
     shown = "the config's" if size is None else size[0]
     parser.add_argument(
@@ -134,10 +134,10 @@ def check_measuring_arguments(args: argparse.Namespace) -> None:
 
 
 def prepare_measuring(args: argparse.Namespace) -> torch.device:
-    """Threads and precision as asked for; the device."""
+    """Set threads and precision as asked for, make the output folder, and return the device."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    # Convolutions and matrix products in the same precision: by itself torch lets only the former have TF32.
+    # By default torch allows TF32 for convolutions but not for matrix products. Here both get the same precision.
     tf32 = getattr(args, 'dtype', None) == 'tf32'
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = True
@@ -149,7 +149,7 @@ def prepare_measuring(args: argparse.Namespace) -> torch.device:
 
 
 def load_config(args: argparse.Namespace, *wanted: str) -> Config:
-    """The config with the command line's common options in it; exits with one line if it lacks what is wanted."""
+    """Read the config and apply the common options; exits with one line if it lacks one of the ``wanted`` entries."""
     if args.launcher != 'none':
         variable, command = LAUNCHERS[args.launcher]
         if variable not in os.environ:
@@ -191,7 +191,7 @@ def build_runner(cfg: Config, *loops: str) -> Runner:
         loops: ``'train_loop'``, ``'val_loop'`` or ``'test_loop'``: those that will run, with their data sets.
     """
     if cfg.get('launcher') == 'pytorch' and get_device() == 'cpu':
-        # MMEngine wants a GPU for each process; it takes a group that is there already as it is.
+        # MMEngine would want a GPU for each process. If there is a process group already, it uses that one.
         timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
         torch.distributed.init_process_group('gloo', timeout=timeout and timedelta(seconds=timeout))
         wrapper = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
@@ -216,7 +216,7 @@ def failures_told(advice: Callable[[], str]) -> Iterator[None]:
     """Exit with one line if a run fails, and leave the traceback in its log.
 
     Args:
-        advice: Gives the end of the line: where the run can go on.
+        advice: Returns the end of the line, which says where the run can go on.
     """
     try:
         yield
@@ -242,7 +242,7 @@ def check_data(cfg: Config, *splits: str) -> None:
 
     Args:
         cfg: The config.
-        splits: ``'train'``, ``'val'`` or ``'test'``; one that the config does not have is passed over.
+        splits: ``'train'``, ``'val'`` or ``'test'``; one that the config does not have is skipped.
     """
     for name, path in wanted_paths(cfg, *splits):
         if not is_there(path):
@@ -264,7 +264,7 @@ def check_test_annotations(cfg: Config) -> None:
 
 
 def check_annotations(cfg: Config, config: str, *splits: str) -> None:
-    """Exit with one line if the splits' annotations would stop or ruin a run; what may be meant is printed.
+    """Exit with one line if the splits' annotations would stop or ruin a run; print warnings about what is doubtful.
 
     Only the first process of a job looks. Annotations and headers are read, not every image.
 
@@ -296,7 +296,7 @@ def check_checkpoint(path: str, option: str = '') -> None:
 
 
 def prepare_pretrained(cfg: Config, pretrained: str | None) -> None:
-    """Put ``--pretrained`` into the config and make sure that the backbone's pretrained file can be had.
+    """Put ``--pretrained`` into the config and make sure that the backbone's pretrained file is available.
 
     Args:
         cfg: The config; its ``model.backbone.init_cfg`` may change.

@@ -38,9 +38,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help='the contact sheet, a PNG of training images after augmentation with their ground truth '
         '(default: work_dirs/<config>/data.png)',
     )
-    parser.add_argument('--images', type=int, default=16, metavar='N', help='on the sheet; 0: none (default: 16)')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=Settings, default={}, metavar='KEY=VALUE', help='settings of the config'
+        '--images', type=int, default=16, metavar='N', help='images on the contact sheet; 0 makes none (default: 16)'
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=Settings,
+        default={},
+        metavar='KEY=VALUE',
+        help='override settings of the config',
     )
     args = parser.parse_args(argv)
     if args.images < 0:

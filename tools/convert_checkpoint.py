@@ -27,9 +27,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar='OUT',
         help='.pth or .safetensors file; or a folder, where a .pth file gets the start of its SHA-256 into its name',
     )
-    parser.add_argument('--to', choices=list(WHOSE), default='ours', help='whose tensor names (default: %(default)s)')
     parser.add_argument(
-        '--fuse', action='store_true', help='fuse the backbone (by names of others: as far as their code does)'
+        '--to', choices=list(WHOSE), default='ours', help='whose tensor names OUT gets (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--fuse', action='store_true', help='fuse the backbone; with --to authors or timm, as far as their code does'
     )
     parser.add_argument('--check', action='store_true', help='only say what IN is; OUT may be left out')
     parser.add_argument('--force', action='store_true', help='replace a file that is there already')

@@ -69,7 +69,7 @@ class Task:
         name: Name of its folder.
         config: Path of the config.
         metrics: What the table shows: its label -> the metric's name and the factor that makes it a percentage.
-        wanted: Label -> the percentage that training is to reach.
+        wanted: Label -> the percentage that training has to reach.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Outcome:
 
     Args:
         metrics: Label -> a percentage for each column.
-        blocks: How many blocks fusing made one convolution each.
+        blocks: How many blocks fusing turned into one convolution each.
         sizes: Size of each column's file in MB, if it has one.
         rows: What the benchmark gives for each column.
     """
@@ -155,9 +155,9 @@ def measure(task: Task, checkpoint: Path, folder: Path) -> Outcome:
             tested = files[column.route] = folder / f'{column.route}{column.suffix}'
             out = ('--out', tested, '--force', '--rounds', '0')
             run_tool('export.py', task.config, checkpoint, *column.export, *out)
-        found = run_test(task.config, tested, folder / column.route, *column.test)
+        metrics = run_test(task.config, tested, folder / column.route, *column.test)
         for label, (name, factor) in task.metrics.items():
-            outcome.metrics.setdefault(label, []).append(factor * found[name])
+            outcome.metrics.setdefault(label, []).append(factor * metrics[name])
         parts = (tested, tested.with_suffix('.bin')) if column.export else ()
         outcome.sizes.append(sum(part.stat().st_size for part in parts if part.exists()) / 1e6 or None)
     cfg = read_config(task.config, {})
@@ -196,9 +196,9 @@ def report(outcomes: dict[str, Outcome]) -> None:
 
 
 def shortcomings(outcomes: dict[str, Outcome]) -> list[str]:
-    """What is not as it should be: figures below what training is to reach, or changed by fusing and exporting.
+    """What went wrong: figures below what training has to reach, and figures that fusing or exporting changed.
 
-    The int8 file is left out: the exporter has judged it.
+    The int8 file is left out, because the exporter has already checked how much it loses.
     """
     found = []
     for task in TASKS:

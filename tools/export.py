@@ -15,18 +15,20 @@ from repvit_mm.deploy.int8 import LIBRARIES, Int8Options, check_target, export_i
 from repvit_mm.deploy.load import input_size, load_model, read_checkpoint, test_images
 
 REAL_IMAGES = 4
-"""How many images of the test data set a file is compared on."""
+"""Number of images of the test data set on which file and model are compared."""
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(description='Export a trained model and prove that the file is the model.')
+    parser = Parser(description='Export a trained model to a file, and compare the file with the model.')
     parser.add_argument('config', help='config file, e.g. configs/seg/fpn_repvit_m0_6_shapes.py')
     parser.add_argument('checkpoint', help='checkpoint file, its backbone fused or not')
     parser.add_argument(
         '--to', required=True, choices=EXPORTERS, metavar='TARGET', help=f'one of {", ".join(EXPORTERS)}'
     )
-    parser.add_argument('--what', choices=['model', 'backbone'], default='model', help='default: model')
+    parser.add_argument(
+        '--what', choices=['model', 'backbone'], default='model', help='what to export (default: model)'
+    )
     parser.add_argument(
         '--shape',
         nargs='+',
@@ -47,7 +49,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     quantization = parser.add_argument_group('--int8')
     defaults = Int8Options()
     quantization.add_argument(
-        '--calibration', type=int, default=defaults.images, metavar='N', help='images (default: %(default)s)'
+        '--calibration',
+        type=int,
+        default=defaults.images,
+        metavar='N',
+        help='calibration images (default: %(default)s)',
     )
     quantization.add_argument(
         '--max-drop',
@@ -57,20 +63,35 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help='refuse a file that loses more AP or mIoU (default: %(default)s)',
     )
     quantization.add_argument(
-        '--float-layers', nargs='+', default=(), metavar='NAME', help='modules whose name contains one stay in float'
+        '--float-layers',
+        nargs='+',
+        default=(),
+        metavar='NAME',
+        help='layers whose module has one of these in its name stay in float',
     )
     quantization.add_argument(
-        '--reduce-range', action='store_true', help='weights in half of their range: for processors without VNNI'
+        '--reduce-range',
+        action='store_true',
+        help='use half of the range of int8 for weights: for processors without VNNI',
     )
     parser.add_argument('--logits', action='store_true', help="a segmentor's logits instead of its labels")
-    parser.add_argument('--opset', type=int, default=OPSET, help=f'of an ONNX file (default: {OPSET})')
+    parser.add_argument('--opset', type=int, default=OPSET, help=f'opset of an ONNX file (default: {OPSET})')
     parser.add_argument('--out', type=Path, help='the file (default: work_dirs/<config>/<config>.<suffix>)')
     parser.add_argument('--force', action='store_true', help='replace the file if it is there already')
     parser.add_argument('--rounds', type=int, default=5, help='how often to time PyTorch and the file; 0: not at all')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=Settings, default={}, metavar='KEY=VALUE', help='settings of the config'
+        '--cfg-options',
+        nargs='+',
+        action=Settings,
+        default={},
+        metavar='KEY=VALUE',
+        help='override settings of the config',
     )
-    parser.add_argument('--trust-checkpoint', action='store_true', help='let the checkpoint run code as it is read')
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='let the checkpoint run code as it is read, if you trust whoever made it',
+    )
     args = parser.parse_args(argv)
     if args.shape and len(args.shape) % 2:
         parser.error(f'--shape takes pairs of a height and a width, not {len(args.shape)} numbers')

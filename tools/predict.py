@@ -70,7 +70,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Exit with one line unless the options have values that they can have."""
+    """Exit with one line if an option has an invalid value."""
     if args.score_thr is not None and not 0 <= args.score_thr <= 1:
         sys.exit(f'--score-thr {args.score_thr}: expected a number from 0 to 1')
     if args.slice_size < 32:

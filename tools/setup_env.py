@@ -1,11 +1,12 @@
 """Make the environment of a stack: what `requirements/STACK.txt` names and this project, editable.
 
-`make setup` calls it. The stack `openmmlab` lies in `.venv`, any other in `.venv-STACK`. pip does what pip can; here is
-the rest: an environment on a bare machine, by the standard library alone; mmcv's compiled operators, built once for a
-machine and kept in `~/.cache/repvit_mm/wheels`; the headless cv2. With nothing to do it ends at once. An environment
-that is half made or of other versions is repaired, one that does not work after that is made anew.
+`make setup` calls it. The stack `openmmlab` lies in `.venv`, any other in `.venv-STACK`. pip installs what it can. This
+program does the rest: it makes the environment on a bare machine with the standard library alone, builds mmcv's
+compiled operators once for a machine and keeps them in `~/.cache/repvit_mm/wheels`, and installs the headless cv2. If
+nothing has to be done, it ends at once. An environment that is half made or has other versions is repaired; if it still
+does not work, it is made anew.
 
-The file must parse on Python 3.7, to be able to say that such a Python is too old.
+The file must parse on Python 3.7, so that it can say that such a Python is too old.
 """
 
 from __future__ import annotations
@@ -104,10 +105,10 @@ def run(failure: str, *command: str | Path, log: Path | None = None, error: type
 
 
 def read_requirements(path: Path) -> str:
-    """A requirements file, and behind it those that it takes in."""
+    """The text of a requirements file, followed by the files that it includes."""
     text = path.read_text()
-    taken_in = (path.parent / name for name in re.findall(r'^-r (\S+)', text, re.M))
-    return '\n'.join([text, *map(read_requirements, taken_in)])
+    included = (path.parent / name for name in re.findall(r'^-r (\S+)', text, re.M))
+    return '\n'.join([text, *map(read_requirements, included)])
 
 
 class Environment:

@@ -135,10 +135,10 @@ def check(info: FileInfo, cfg: Config, path: str) -> None:
     classes, _ = class_names(cfg, None)
     if info.classes != classes:
         pairs = zip_longest(info.classes, classes, fillvalue='nothing')
-        theirs, ours = next(pair for pair in pairs if pair[0] != pair[1])
+        in_file, in_config = next(pair for pair in pairs if pair[0] != pair[1])
         raise MismatchError(
             f"{path} has other classes than the config's data set: {len(info.classes)} for {len(classes)}, "
-            f'{theirs} in place of {ours} first'
+            f'{in_file} in place of {in_config} first'
         )
     evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
     if 'masks' not in info.outputs and any('segm' in (evaluator.get('metric') or ()) for evaluator in evaluators):

@@ -116,7 +116,7 @@ class Graph(nn.Module):
     Args:
         model: The built model in ``eval`` mode, fused. If its weights are in half precision it computes in half
             precision; images and results are float32 all the same.
-        preprocess: What is done to images before.
+        preprocess: Prepares the images for the model.
     """
 
     task: ClassVar[Task]
@@ -167,7 +167,7 @@ class SegmentorGraph(Graph):
 
     Args:
         model: An ``EncoderDecoder``.
-        preprocess: What is done to images before.
+        preprocess: Prepares the images for the model.
         logits: Whether to give logits ``(N, C, H, W)`` instead of labels ``(N, H, W)``.
 
     Raises:
@@ -229,7 +229,7 @@ class DetectorGraph(Graph):
 
     Args:
         model: A ``SingleStageDetector``.
-        preprocess: What is done to images before.
+        preprocess: Prepares the images for the model.
         suppress: The formulation of non-maximum suppression.
 
     Raises:

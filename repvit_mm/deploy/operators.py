@@ -136,22 +136,22 @@ def non_maximum_suppression(
         Boxes ``(N, K, 4)``, scores ``(N, K)`` in falling order and labels ``(N, K)``; beyond the last detection
         of an image boxes and scores are 0 and labels -1.
     """
-    found = scores > 0
+    is_box = scores > 0
     # Empty places must not change the distance between classes, which depends on the farthest corner.
-    boxes = torch.where(found[..., None], boxes, torch.zeros_like(boxes))
+    boxes = torch.where(is_box[..., None], boxes, torch.zeros_like(boxes))
     if class_agnostic:
         apart = boxes
     else:
         step = boxes.flatten(1).amax(dim=1)[:, None] + 1
         apart = boxes + (labels.to(boxes) * step)[..., None]
     scores, index = suppress(apart, scores, iou_threshold, limit)
-    found = scores > 0
+    is_box = scores > 0
     labels = labels.gather(1, index)
     boxes = take(boxes, index)
     return (
-        torch.where(found[..., None], boxes, torch.zeros_like(boxes)),
+        torch.where(is_box[..., None], boxes, torch.zeros_like(boxes)),
         scores,
-        torch.where(found, labels, torch.full_like(labels, -1)),
+        torch.where(is_box, labels, torch.full_like(labels, -1)),
     )
 
 

@@ -61,13 +61,13 @@ class Sensitivity:
 
     Args:
         alone: Layer -> the error if only this layer is quantized.
-        whole: Section -> the error with all of its layers quantized.
+        sections: Section -> the error with all of its layers quantized.
         kept: The layers that stay in float.
         images: How many images it was measured on.
     """
 
     alone: Mapping[Layer, float]
-    whole: Mapping[int, float]
+    sections: Mapping[int, float]
     kept: tuple[FloatLayers, ...]
     images: int
 
@@ -77,10 +77,8 @@ class Sensitivity:
         return tuple(layer for kept in self.kept for layer in kept.layers)
 
     def __str__(self) -> str:
-        sections = ', '.join(f'{error:.2%}' for error in self.whole.values())
-        lines = [
-            f'sensitivity on {self.images} images, {len(self.alone)} layers one at a time; all of them: {sections}'
-        ]
+        errors = ', '.join(f'{error:.2%}' for error in self.sections.values())
+        lines = [f'sensitivity on {self.images} images, {len(self.alone)} layers one at a time; all of them: {errors}']
         lines += [f'stays in float: {kept}' for kept in self.kept] or ['no layer has to stay in float']
         worst = sorted(self.alone.items(), key=lambda item: -item[1])[:5]
         lines.append('most sensitive: ' + ', '.join(f'{describe(layer)} {error:.2%}' for layer, error in worst))

@@ -30,7 +30,7 @@ class TwoStageGraph(Graph):
 
     Args:
         model: A ``TwoStageDetector`` with a ``StandardRoIHead`` or a ``CascadeRoIHead``.
-        preprocess: What is done to images before.
+        preprocess: Prepares the images for the model.
 
     Raises:
         ExportError: if the detector does anything that is not known here.
@@ -53,14 +53,14 @@ class TwoStageGraph(Graph):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         size = self.sides(images)
         maps = self.model.extract_feat(self.network_input(images))
-        proposals, found = self.proposals(maps, size)
+        proposals, is_proposal = self.proposals(maps, size)
         maps = [map_.float() for map_ in maps]
-        boxes, scores, labels = self.detections(maps, proposals, found, size)
+        boxes, scores, labels = self.detections(maps, proposals, is_proposal, size)
         count = (scores > 0).sum(dim=1)
         outputs = [boxes, scores, labels]
         if self.mask_stages:
             outputs.append(self.masks(maps, boxes, labels, scores > 0))
-        # Until here each list had at least one place: some operators of some runtimes take no empty list.
+        # Only now may a list become empty: some operators of some runtimes take no empty list.
         boxes, scores, labels, *masks = (output[:, : count.max()] for output in outputs)
         return boxes, scores, labels, count, *masks
 
@@ -68,7 +68,7 @@ class TwoStageGraph(Graph):
         """The region proposal network.
 
         Args:
-            maps: The neck's, ``(N, C, H_i, W_i)``.
+            maps: The neck's maps, ``(N, C, H_i, W_i)``.
             size: Height and width of the image.
 
         Returns:
@@ -99,14 +99,14 @@ class TwoStageGraph(Graph):
         return boxes, scores > 0
 
     def detections(
-        self, maps: Sequence[Tensor], proposals: Tensor, found: Tensor, size: tuple[Size, Size]
+        self, maps: Sequence[Tensor], proposals: Tensor, is_proposal: Tensor, size: tuple[Size, Size]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The second stage, or the stages of a cascade.
 
         Args:
-            maps: The neck's, ``(N, C, H_i, W_i)``.
+            maps: The neck's maps, ``(N, C, H_i, W_i)``.
             proposals: ``(N, P, 4)``.
-            found: Which of them are proposals, ``(N, P)``.
+            is_proposal: Which of them are proposals, ``(N, P)``.
             size: Height and width of the image.
 
         Returns:
@@ -127,21 +127,21 @@ class TwoStageGraph(Graph):
         boxes = _decode(head.bbox_coder, boxes[:, None], deltas, size)
         scores = (sum(logits) / len(logits)).softmax(dim=-1)[:, :-1]
         cfg = self.model.roi_head.test_cfg
-        kept = (scores > cfg.score_thr) & found.flatten()[:, None]
+        kept = (scores > cfg.score_thr) & is_proposal.flatten()[:, None]
         scores = torch.where(kept, scores, torch.zeros_like(scores))
         # Pairs of a box and a class, each with its own box.
         boxes = boxes.expand(-1, scores.shape[1], -1).reshape(count, -1, 4)
         labels = torch.arange(scores.shape[1], device=scores.device).expand_as(scores).reshape(count, -1)
         return self._suppressed(boxes, scores.reshape(count, -1), labels, cfg.nms, cfg.max_per_img)
 
-    def masks(self, maps: Sequence[Tensor], boxes: Tensor, labels: Tensor, found: Tensor) -> Tensor:
+    def masks(self, maps: Sequence[Tensor], boxes: Tensor, labels: Tensor, is_detection: Tensor) -> Tensor:
         """The mask of each detection over its box.
 
         Args:
-            maps: The neck's, ``(N, C, H_i, W_i)``.
+            maps: The neck's maps, ``(N, C, H_i, W_i)``.
             boxes: ``(N, K, 4)``.
             labels: ``(N, K)``.
-            found: Which of them are detections, ``(N, K)``.
+            is_detection: Which of them are detections, ``(N, K)``.
 
         Returns:
             Probabilities ``(N, K, h, w)``, 0 where there is no detection.
@@ -158,7 +158,7 @@ class TwoStageGraph(Graph):
             masks.append(mask.sigmoid())
         mask = sum(masks) / len(masks)
         mask = mask.reshape(*boxes.shape[:2], *mask.shape[-2:])
-        return torch.where(found[..., None, None], mask, torch.zeros_like(mask))
+        return torch.where(is_detection[..., None, None], mask, torch.zeros_like(mask))
 
     def _head(
         self, head: nn.Module, extractor: nn.Module, maps: Sequence[Tensor], boxes: Tensor, images: Tensor
