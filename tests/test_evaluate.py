@@ -248,6 +248,7 @@ def tool():
     ids=str,
 )
 def test_tool_refuses_in_one_line(tmp_path, monkeypatch, tool, options, message):
+    monkeypatch.setenv('RANK', '0')  # as torchrun sets it
     file = red_detector(tmp_path / 'red.onnx')
     monkeypatch.setattr(sys, 'argv', ['test.py', str(DETECTION), str(file), *options])
     with pytest.raises(SystemExit) as exit_:
