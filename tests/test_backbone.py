@@ -30,8 +30,10 @@ from helpers import (
 )
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, DefaultScope
+from programs import PROCESSES
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.multiprocessing import start_processes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -569,7 +571,8 @@ def small_frozen(name: str) -> ReparamBackbone:
 def test_two_processes_have_the_gradients_of_one(name, tmp_path):
     x = torch.randn(4, 3, 64, 96).double()
     make = partial(small_frozen, name)
-    torch.multiprocessing.spawn(distributed_gradients, (str(tmp_path), make, x), nprocs=2)
+    method = PROCESSES.get_start_method()
+    start_processes(distributed_gradients, (str(tmp_path), make, x), nprocs=2, start_method=method)
     actual = torch.load(tmp_path / 'gradients.pth', weights_only=True)
     expected = gradients(make(), x)
     assert len(actual) == len(expected) - 1

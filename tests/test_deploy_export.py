@@ -125,11 +125,11 @@ def test_no_detection_then_many_in_one_session(tmp_path):
 @pytest.mark.parametrize('target', RUNNING)
 def test_targets(target, name, tmp_path):
     """Any size where the target has it; of the segmentor, which takes less time, a fixed one too."""
-    task = 'segmentation' if name == 'semantic_fpn' else 'detection'
+    task, family = ('segmentation', 'fastvit') if name == 'semantic_fpn' else ('detection', 'mobileone')
     sizes = {EXPORTERS[target].dynamic} if task == 'detection' else {False, EXPORTERS[target].dynamic}
     for dynamic in sizes:
         folder = tmp_path / str(dynamic)
-        model, path, _ = make(target, name, folder, family='fastvit', dynamic=dynamic)
+        model, path, _ = make(target, name, folder, family, dynamic=dynamic)
         assert_is_the_model(path, model, task, (1, *SIZE), (2, *SIZE), *([(1, 201, 175)] if dynamic else []))
 
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from helpers import relative_error
 from mmengine.config import Config
+from programs import PROCESSES, be_quick
 from small_models import RETINANET, ROOT, like_trained
 from test_resume import free_port
+from torch.multiprocessing import start_processes
 
 from repvit_mm.checkpoint import read_checkpoint
 from repvit_mm.datasets.shapes import write_shapes
@@ -101,7 +103,7 @@ def prepare(folder: Path, cfg: Config) -> None:
 def work(index: int, folder: str, port: int) -> None:
     """One of the two processes, or a third one, which makes the other runs."""
     os.chdir(folder)
-    torch.set_num_threads(1)
+    be_quick()
     if index < 2:
         environment = dict(RANK=index, LOCAL_RANK=index, WORLD_SIZE=2, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
         os.environ.update({name: str(value) for name, value in environment.items()})
@@ -131,7 +133,7 @@ def test_two_processes_are_one_that_averages_gradients(tmp_path, kind):
     make, metric = MODELS[kind]
     cfg = make()
     prepare(tmp_path, cfg)
-    torch.multiprocessing.spawn(work, (str(tmp_path), free_port()), nprocs=3)
+    start_processes(work, (str(tmp_path), free_port()), nprocs=3, start_method=PROCESSES.get_start_method())
 
     parameters = [name for name, _ in build_model(cfg).named_parameters()]
     initial = read_checkpoint(tmp_path / 'begun.pth')['state_dict']

@@ -83,4 +83,4 @@ def test_process_may_claim_again_what_it_claims(tmp_path):
     claim(tmp_path)
     release(tmp_path)
     release(tmp_path)
-    assert CLAIMED == before and not [*tmp_path.iterdir()]
+    assert before == CLAIMED and not [*tmp_path.iterdir()]
