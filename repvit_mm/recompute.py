@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from .compat.pytorch import (
+    ConvOptions,
     WeakTensorKeyDictionary,
     conv_backward,
     conv_with_exact_bias,
@@ -25,8 +26,6 @@ from .compat.pytorch import (
 )
 
 Function = Callable[..., Tensor]
-Options = tuple[int, int, int, int]
-"""Stride, padding, dilation and groups of a convolution."""
 
 
 class Recipe(NamedTuple):
@@ -218,7 +217,7 @@ def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return taps.scatter(-1, smallest, missing.to(dtype)).view_as(kernel)
 
 
-def _convolution(options: Options, x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+def _convolution(options: ConvOptions, x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     """A convolution in the dtype of its kernel, without autocast; the bias is added in its own dtype."""
     with torch.autocast(x.device.type, enabled=False):
         if kernel.dtype is bias.dtype:
@@ -226,7 +225,7 @@ def _convolution(options: Options, x: Tensor, kernel: Tensor, bias: Tensor) -> T
         return conv_with_exact_bias(x.to(kernel.dtype), kernel, bias.float(), options)
 
 
-def _residual(options: Options, x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+def _residual(options: ConvOptions, x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     """A map and its convolution, summed in the dtype of the map that was kept."""
     return x + _convolution(options, x, kernel, bias)
 
@@ -236,7 +235,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, options: Options, recipe: Recipe, kernel: Tensor, x: Tensor, weight: Tensor, bias: Tensor
+        ctx: Any, options: ConvOptions, recipe: Recipe, kernel: Tensor, x: Tensor, weight: Tensor, bias: Tensor
     ) -> Tensor:
         ctx.options = options
         ctx.recipe = recipe.function

@@ -65,9 +65,8 @@ class Settings(DictAction):
         super().__call__(parser, namespace, values, option_string)
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that training and testing share, spelled as everywhere in OpenMMLab."""
-    parser.add_argument('--work-dir', help='folder for logs and results (default: work_dirs/<name of the config>)')
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """``--cfg-options``, spelled as everywhere in OpenMMLab."""
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -76,6 +75,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='KEY=VALUE',
         help='override settings of the config, e.g. train_dataloader.batch_size=4 or model.neck.in_channels="[1,2]"',
     )
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that training and testing share, spelled as everywhere in OpenMMLab."""
+    parser.add_argument('--work-dir', help='folder for logs and results (default: work_dirs/<name of the config>)')
+    add_config_options(parser)
     parser.add_argument('--launcher', choices=['none', *LAUNCHERS], default='none', help='job launcher')
     parser.add_argument(
         '--trust-checkpoint',

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import _first  # noqa: F401
 import cv2
-from _launch import Parser, Settings, check_data, read_config, start
+from _launch import Parser, add_config_options, check_data, read_config, start
 from mmengine.config import Config
 from rich.console import Console
 from rich.progress import track
@@ -41,14 +41,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--images', type=int, default=16, metavar='N', help='images on the contact sheet; 0 makes none (default: 16)'
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=Settings,
-        default={},
-        metavar='KEY=VALUE',
-        help='override settings of the config',
-    )
+    add_config_options(parser)
     args = parser.parse_args(argv)
     if args.images < 0:
         parser.error('--images: at least 0')

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import _first  # noqa: F401
-from _launch import Parser, Settings, check_checkpoint, read_config, start
+from _launch import Parser, add_config_options, check_checkpoint, read_config, start
 
 from repvit_mm.checkpoint import CheckpointError, trust
 from repvit_mm.deploy.export import EXPORTERS, OPSET, Exportable, Options, check_options, export
@@ -79,14 +79,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--out', type=Path, help='the file (default: work_dirs/<config>/<config>.<suffix>)')
     parser.add_argument('--force', action='store_true', help='replace the file if it is there already')
     parser.add_argument('--rounds', type=int, default=5, help='how often to time PyTorch and the file; 0: not at all')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=Settings,
-        default={},
-        metavar='KEY=VALUE',
-        help='override settings of the config',
-    )
+    add_config_options(parser)
     parser.add_argument(
         '--trust-checkpoint',
         action='store_true',
