@@ -9,7 +9,7 @@ import torch
 from helpers import DATA, GOLDENS, Golden, image, imported, relative_error, settle
 from mmengine.config import Config
 from mmengine.model import initialize
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 
@@ -56,7 +56,9 @@ def check_fuses(model: nn.Module, x: Tensor) -> None:
 
 @pytest.fixture
 def mmpretrain() -> None:
-    imported('mmpretrain.datasets', 'mmpretrain.models')
+    """MMPretrain's registries are asked first, as in its own runs, and know our heads."""
+    imported('mmpretrain.datasets', 'mmpretrain.models', 'repvit_mm.pretrain')
+    init_default_scope('mmpretrain')
 
 
 CLASSIFIER = """
