@@ -9,6 +9,7 @@ from ._versions import check_frameworks, missing_frameworks
 
 __version__ = '0.1.0'
 __all__ = [
+    'CompileHook',
     'FastViT',
     'FiniteLossHook',
     'FuseOnDeployHook',
@@ -31,7 +32,7 @@ if not _missing:
     from . import normalization  # noqa: F401  warns from here on
     from .compat.openmmlab import offer_configs, offer_configs_of_forks
     from .fastvit import FastViT
-    from .hooks import FiniteLossHook, FuseOnDeployHook, HalfPrecisionHook
+    from .hooks import CompileHook, FiniteLossHook, FuseOnDeployHook, HalfPrecisionHook
     from .mobileone import MobileOne
     from .optim import StageDecayOptimWrapperConstructor
     from .reparam import switch_to_deploy

@@ -65,16 +65,20 @@ class RepMixer(ReparamBlock):
         """As every block. Where autocast trains it, the sum is float32, as the layer scale makes it in the branches."""
         if training_dtype(x) is None or not self.runs_folded():
             return super().forward(x)
-        kernel = self.kernel()
-        difference = subtract_kernel(kernel, identity_kernel(kernel))
+        whole = self._shared
+        kernel = self.residual_kernel() if whole is None else subtract_kernel(whole, identity_kernel(whole))
         options = self.stride, self.padding, self.dilation, self.groups
-        return convolve(x, *difference, *options, recomputes=self.recomputes, residual=True)
+        return convolve(x, *kernel, *options, recomputes=self.recomputes, residual=True)
+
+    def residual_kernel(self) -> Kernel:
+        """What is added to the map."""
+        mixer = self.mixer.equivalent_kernel()
+        difference = subtract_kernel(mixer, fold_norm(identity_kernel(mixer), self.norm))
+        return scale_kernel(difference, self.layer_scale[..., 0, 0])
 
     def equivalent_kernel(self) -> Kernel:
-        mixer = self.mixer.equivalent_kernel()
-        identity = identity_kernel(mixer)
-        difference = subtract_kernel(mixer, fold_norm(identity, self.norm))
-        return add_kernels(scale_kernel(difference, self.layer_scale[..., 0, 0]), identity)
+        residual = self.residual_kernel()
+        return add_kernels(residual, identity_kernel(residual))
 
 
 class Attention(nn.Module):

@@ -16,7 +16,8 @@ from torch import nn
 
 from .backbone import ReparamBackbone
 from .compat.pytorch import lost_process
-from .deploy.fold import fold_conv_norms
+from .compilation import compile_networks
+from .fold import fold_conv_norms
 from .loading import check_outside_backbones
 from .messages import one_line
 from .precision import HALF, compute_in
@@ -150,6 +151,24 @@ class HalfPrecisionHook(TestOnlyHook):
 
     def _change(self, runner: Runner) -> None:
         compute_in(runner.model.eval(), self.dtype)
+
+
+@HOOKS.register_module()
+class CompileHook(TestOnlyHook):
+    """Lets backbone and neck run compiled by ``torch.compile`` in a stand-alone test run.
+
+    It goes with :class:`FuseOnDeployHook` and :class:`HalfPrecisionHook`: what they leave is compiled. In a config:
+    ``custom_hooks = [dict(type='CompileHook')]``. See :func:`~repvit_mm.compilation.compile_networks`.
+
+    Raises:
+        CompilerError: before the test if there is no compiler.
+    """
+
+    # Beside HalfPrecisionHook: nothing is compiled before the first image.
+    priority = 'LOWEST'
+
+    def _change(self, runner: Runner) -> None:
+        compile_networks(runner.model.eval())
 
 
 @HOOKS.register_module()

@@ -173,11 +173,10 @@ def convolve(
         dilation: Distance between the places that a kernel reads.
         groups: Groups.
         recomputes: ``False`` keeps the input and leaves no recipe.
-        residual: Add the convolution to its input, in the dtype of the kernel.
+        residual: Add the convolution to its input, in the dtype of the kernel; for training.
     """
     if not torch.is_grad_enabled():
-        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        return x + y if residual else y
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     dtype, given = training_dtype(x), x
     recomputes = recomputes and runs_eagerly()
     known = recipe_of(x) if recomputes else None

@@ -16,6 +16,7 @@ from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_p
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
+from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS, LOOPS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
@@ -79,6 +80,10 @@ class AtomicLocalBackend(LocalBackend):
         write_whole(Path(filepath), obj)
 
 
+class OptimizerError(RuntimeError):
+    """A checkpoint's settings are another optimizer's; the message is one line that says what to do."""
+
+
 class FolderInUseError(RuntimeError):
     """Two runs would overwrite each other's checkpoints; the message is one line that names the folder."""
 
@@ -131,8 +136,25 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
                 "random numbers; set train_cfg.type='ResumableIterBasedTrainLoop'"
             )
         if runner.iter > 0:
+            self.check_optimizer(runner)
             self.choose_state(runner)
         self.after_fast_forward(runner)
+
+    def check_optimizer(self, runner: Runner) -> None:
+        """Make sure that the checkpoint was saved with the optimizer that the run goes on with.
+
+        Raises:
+            OptimizerError: if its settings, which a resumed run takes, lack what this optimizer needs.
+        """
+        wrapper = runner.optim_wrapper
+        for one in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]:
+            optimizer = one.optimizer
+            if missing := sorted(optimizer.defaults.keys() - optimizer.param_groups[0].keys()):
+                raise OptimizerError(
+                    f'the checkpoint is of a run with another optimizer: it has no {", ".join(missing)} for '
+                    f"{type(optimizer).__name__}; resume with that run's optimizer, or start from the weights with "
+                    'load_from and without resume'
+                )
 
     def claim_folder(self, runner: Runner) -> None:
         """Make sure that no other run writes checkpoints into the work folder.

@@ -9,7 +9,7 @@ import pytest
 from mmengine.config import Config
 from PIL import Image
 
-from repvit_mm.data_check import check_config
+from repvit_mm.data_check import DataError, check_config, check_readable
 from repvit_mm.data_check.sheet import CAPTION, CELL, contact_sheet
 
 pytestmark = pytest.mark.needs_ops
@@ -376,6 +376,22 @@ def test_images_with_another_suffix(tmp_path):
     cfg.train_dataloader.dataset.img_suffix = '.jpg'
     (error,), _ = errors_and_warnings(cfg)
     assert "holds no .jpg files but .png ones; set img_suffix='.png'" in error
+
+
+@pytest.mark.parametrize('metric', ['bbox', ['bbox', 'segm']], ids=str)
+@pytest.mark.parametrize('split', ['val', 'test'])
+def test_masks_that_are_measured_must_be_there(tmp_path, split, metric):
+    cfg = detection(tmp_path, changed(segmentation=[]))
+    dataset = dict(cfg.train_dataloader.dataset.dataset, test_mode=True)
+    cfg = Config({'default_scope': 'mmdet', 'model': {}, f'{split}_dataloader': dict(dataset=dataset)})
+    cfg[f'{split}_evaluator'] = [dict(type='CocoMetric', metric=metric)]
+    (report,) = check_config(cfg)
+    assert any('1 annotation without segmentation' in error for error in report.errors) == ('segm' in metric)
+    if 'segm' in metric:
+        with pytest.raises(DataError, match=r'1 annotation without segmentation.* measured against \(id 3\)'):
+            check_readable(cfg, split)
+    else:
+        check_readable(cfg, split)
 
 
 def test_a_test_data_set_may_have_no_annotations(tmp_path):

@@ -236,6 +236,7 @@ def tool():
     ('options', 'message'),
     [
         (['--fuse'], '--fuse is for a checkpoint: {file} is an exported file'),
+        (['--compile'], '--compile is for a checkpoint: {file} is an exported file'),
         (['--tta'], '--tta is for a checkpoint: {file} is an exported file'),
         (['--ties-in-order'], '--ties-in-order is for a checkpoint: {file} is an exported file'),
         (

@@ -5,6 +5,7 @@ import logging
 import re
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partialmethod
 
 import pytest
 import torch
@@ -17,14 +18,17 @@ from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import repvit_mm.hooks
 from repvit_mm import FuseOnDeployHook
 from repvit_mm.checkpoint import CheckpointError, read_checkpoint, read_pickle
+from repvit_mm.compilation import CompilerError
 from repvit_mm.reparam import reparam_blocks
 
 FUSE = dict(type='FuseOnDeployHook')
 HALF = dict(type='HalfPrecisionHook', dtype='bfloat16')
+COMPILE = dict(type='CompileHook')
 WHOLE = dict(type='WholeCheckpointHook')
 
 
@@ -213,6 +217,46 @@ def test_run_that_trains_stays_in_float32(net, make_runner, lines):
     assert lines == ['HalfPrecisionHook: this run trains, the model stays as it is']
     assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
     assert net.backbone.forward.__func__ is type(net.backbone).forward
+
+
+@pytest.fixture
+def compiled_graphs(monkeypatch) -> list[int]:
+    """The number of operations of each graph that torch.compile hands to a compiler, which runs it as it is."""
+    sizes = []
+
+    def run_as_it_is(graph: GraphModule, inputs: list[Tensor]) -> Callable:
+        sizes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, 'compile', partialmethod(nn.Module.compile, backend=run_as_it_is))
+    return sizes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('hooks', 'tolerance'),
+    [([COMPILE], 1e-4), ([FUSE, COMPILE], 1e-4), ([COMPILE, HALF, FUSE], 0.05)],
+    ids=['unfused', 'fused', 'in bfloat16, in other order'],
+)
+def test_compiled_test_run(net, make_runner, compiled_graphs, hooks, tolerance):
+    """The backbone is one graph, and metrics stay."""
+    expected = make_runner(copy.deepcopy(net)).test()
+    assert not compiled_graphs
+    assert make_runner(net, *hooks).test() == pytest.approx(expected, rel=tolerance, abs=tolerance)
+    assert len(compiled_graphs) == 1 and compiled_graphs[0] > 20
+
+
+def test_run_that_trains_is_not_compiled(net, make_runner, compiled_graphs, lines):
+    runner = make_runner(net, COMPILE)
+    runner.train()
+    runner.test()
+    assert lines == ['CompileHook: this run trains, the model stays as it is'] and not compiled_graphs
+
+
+def test_compiler_that_is_missing_ends_the_run(net, make_runner, monkeypatch):
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    with pytest.raises(CompilerError, match=r'^torch\.compile needs a C\+\+ compiler: install g\+\+'):
+        make_runner(net, COMPILE).test()
 
 
 @pytest.mark.parametrize('position', [0, -1], ids=['stem', 'last_stage'])

@@ -35,7 +35,15 @@ from repvit_mm.checkpoint import read_checkpoint
 from repvit_mm.compat.pytorch import multiplies_bfloat16
 from repvit_mm.datasets.shapes import write_shapes
 from repvit_mm.files import claim, release
-from repvit_mm.resume import UNFINISHED, ResumableCheckpointHook, Stopped, fast_forward, make_resumable, random_state
+from repvit_mm.resume import (
+    UNFINISHED,
+    OptimizerError,
+    ResumableCheckpointHook,
+    Stopped,
+    fast_forward,
+    make_resumable,
+    random_state,
+)
 
 KILLED = -signal.SIGKILL
 LAST = {'epoch': 'epoch_4.pth', 'iteration': 'iter_12.pth'}
@@ -167,6 +175,7 @@ def train(
     without: Sequence[str] = (),
     hook: Sequence[tuple[str, Any]] = (),
     train_cfg: Sequence[tuple[str, Any]] = (),
+    optimizer: str = 'AdamW',
     length: int = 6,
     rank: int | None = None,
     port: int | None = None,
@@ -184,6 +193,7 @@ def train(
         without: Methods of the checkpoint hook to switch off.
         hook: Changes to the options of the checkpoint hook.
         train_cfg: Changes to the options of the training loop.
+        optimizer: Name of its optimizer.
         length: How many samples there are.
         rank: Rank of this process out of two.
         port: Port at which the two meet.
@@ -221,7 +231,7 @@ def train(
         work_dir='work',
         train_dataloader=dict(loader, sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', seed=1)),
         train_cfg={**cfg, **dict(train_cfg)},
-        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.05)),
+        optim_wrapper=dict(optimizer=dict(type=optimizer, lr=0.05)),
         param_scheduler=[dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=5), schedule],
         val_dataloader=dict(loader, sampler=dict(type='DefaultSampler', shuffle=False)),
         val_cfg={},
@@ -238,6 +248,9 @@ def train(
     except Stopped as stopped:
         Path('stopped').write_text(str(stopped))
         sys.exit(128 + stopped.signum)
+    except OptimizerError as error:
+        Path('stopped').write_text(str(error))
+        sys.exit(1)
 
 
 def run(*args, **options) -> int:
@@ -390,6 +403,17 @@ def test_validation_must_be_kept_apart(make_folder, loop, disturbed):
     assert run(folder, loop, death=(7,), **options) == KILLED
     assert run(folder, loop, resume=True, **options) == 0
     assert same(folder, read_checkpoint(latest(expected))) is not bool(disturbed)
+
+
+@pytest.mark.parametrize(('other', 'missing'), [('SGD', 'momentum'), ('Adagrad', 'lr_decay')])
+def test_another_optimizer_is_refused(make_folder, other, missing):
+    folder = make_folder()
+    assert run(folder, 'iteration', death=(4,)) == KILLED
+    assert run(folder, 'iteration', resume=True, optimizer=other) == 1
+    told = (folder / 'stopped').read_text()
+    assert told.startswith('the checkpoint is of a run with another optimizer: it has no ') and '\n' not in told
+    assert missing in told and f' for {other};' in told
+    assert run(folder, 'iteration', resume=True) == 0
 
 
 def test_loop_of_mmengine_does_not_repeat_the_run_and_is_named(make_folder, never_stopped):

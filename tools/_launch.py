@@ -25,13 +25,14 @@ from mmengine.runner import Runner
 from repvit_mm.backbone import check_channels
 from repvit_mm.checkpoint import CheckpointError, check_file, download
 from repvit_mm.compat.pytorch import lost_process
+from repvit_mm.compilation import CompilerError
 from repvit_mm.data_check import DataError, check_config, check_readable
 from repvit_mm.data_check.paths import is_there, wanted_paths
 from repvit_mm.deploy.metadata import TASKS
 from repvit_mm.deploy.runtimes import RuntimeFileError
 from repvit_mm.hooks import FusionError, NonFiniteError
 from repvit_mm.messages import Parser, one_line, start  # noqa: F401
-from repvit_mm.resume import FolderInUseError, Stopped
+from repvit_mm.resume import FolderInUseError, OptimizerError, Stopped
 from repvit_mm.samples import SampleError, name_samples
 
 TOOLS = Path(__file__).resolve().parent
@@ -45,6 +46,17 @@ LAUNCHERS = {
     'mpi': ('OMPI_COMM_WORLD_LOCAL_RANK', 'mpirun'),
 }
 """What starts the processes of a job -> a variable that it sets, and its command."""
+
+TOLD = (
+    CheckpointError,
+    CompilerError,
+    FolderInUseError,
+    FusionError,
+    NonFiniteError,
+    OptimizerError,
+    RuntimeFileError,
+)
+"""Errors of the package whose message says what to do."""
 
 DATA_HINTS = {
     'data/coco': 'get COCO-2017 from https://cocodataset.org/#download and link its folder as data/coco',
@@ -227,7 +239,7 @@ def failures_told(advice: Callable[[], str]) -> Iterator[None]:
         yield
     except Stopped:
         raise
-    except (CheckpointError, FolderInUseError, FusionError, NonFiniteError, RuntimeFileError) as error:
+    except TOLD as error:
         sys.exit(str(error))
     except Exception as error:
         for handler in MMLogger.get_current_instance().handlers:

@@ -143,7 +143,9 @@ def compare(entry: Entry, measured: dict[str, float], table: Table) -> list[str]
 def main(argv: Sequence[str] | None = None) -> None:
     """Test the models one after the other and print the table."""
     args = parse_args(argv)
-    table = Table('model', 'metric', title='Released models, tested fused with the shipped configs, in percent')
+    table = Table(title='Released models, tested fused with the shipped configs, in percent')
+    table.add_column('model', overflow='fold')
+    table.add_column('metric')
     for heading in ('published', 'measured', 'difference', 'reproduced'):
         table.add_column(heading, justify='right')
     entries = read_index(args.index or TOOLS.parent / 'model-index.yml') | ({} if args.index else classifiers())

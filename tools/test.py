@@ -56,6 +56,9 @@ def parse_args() -> argparse.Namespace:
         help='compute in half precision; float16 needs an accelerator. With --fuse kernels are folded before rounding',
     )
     parser.add_argument(
+        '--compile', action='store_true', help='run backbone and neck by torch.compile; best with --fuse'
+    )
+    parser.add_argument(
         '--out', help='save the predictions: a .pkl file for detection, a folder of PNGs for segmentation'
     )
     parser.add_argument('--show-dir', help='folder for pictures of the predictions')
@@ -175,6 +178,8 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
     if args.dtype:
         warn_of_dtype(args.dtype)
         hooks.append(dict(type='HalfPrecisionHook', dtype=args.dtype))
+    if args.compile:
+        hooks.append(dict(type='CompileHook'))
     cfg.custom_hooks = [*cfg.get('custom_hooks', []), *hooks]
 
 
@@ -190,7 +195,7 @@ def warn_of_dtype(dtype: str) -> None:
 
 def take_file(cfg: Config, args: argparse.Namespace) -> None:
     """Put an exported file into the config; exits with one line where the two do not fit."""
-    for option in ('fuse', 'dtype', 'tta', 'ties_in_order'):
+    for option in ('fuse', 'dtype', 'compile', 'tta', 'ties_in_order'):
         if getattr(args, option):
             sys.exit(f'--{option.replace("_", "-")} is for a checkpoint: {args.checkpoint} is an exported file')
     if args.launcher != 'none':

@@ -1,6 +1,7 @@
 """Train a detector or a segmentor: python tools/train.py CONFIG."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -15,7 +16,6 @@ from _launch import (
     check_data,
     failures_told,
     load_config,
-    one_line,
     prepare_pretrained,
     start,
 )
@@ -26,6 +26,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 from repvit_mm.checkpoint import CheckpointError, read_checkpoint, trust
 from repvit_mm.compat.pytorch import multiplies_bfloat16
+from repvit_mm.messages import one_line
 from repvit_mm.precision import HALF
 from repvit_mm.resume import Stopped, make_resumable
 
@@ -139,7 +140,8 @@ def check_length(cfg: Config) -> None:
     """Exit with one line unless a run would train, and validate at some time if at all."""
     for key in ('max_epochs', 'max_iters', 'val_interval'):
         value = cfg.train_cfg.get(key, 1)
-        if not isinstance(value, int | float) or value < 1:
+        whole = isinstance(value, int) or (isinstance(value, float) and (value.is_integer() or value == math.inf))
+        if not whole or value < 1:
             sys.exit(f'train_cfg.{key}={value!r}: expected a whole number, at least 1')
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 from ..deploy.sources import UnreadableError, read_image
 from ..messages import one_line
 from .heads import segmentation_heads, wrong_heads
-from .paths import datasets_of, is_there
-from .records import DataError, ImageRecord, build_lazily, read_records
+from .paths import datasets_of, evaluators_of, is_there
+from .records import NO_MASK, DataError, ImageRecord, build_lazily, read_records
 from .report import Report, count, some
 
 QUICK_IMAGES = 64
@@ -56,21 +56,30 @@ def check_config(
 
 
 def check_readable(cfg: Mapping[str, Any], *splits: str) -> None:
-    """Check only that the splits' annotations can be read, and that the images are there.
+    """Check only that the splits' annotations can be read, and that the images and the masks to measure are there.
 
     Raises:
         DataError: if not, or if a data set cannot be built.
     """
     for split in splits:
         for name, config in datasets_of(cfg, split):
-            records = read_records(build_lazily(cfg, config, name), Report(name, str(config.get('type'))), masks=False)
-            found = Report(name)
+            read, found = Report(name, str(config.get('type'))), Report(name)
+            records = read_records(build_lazily(cfg, config, name), read, masks=measures_masks(cfg, split))
+            for error in read.errors:
+                if NO_MASK in error:
+                    found.error(error)
             if not records:
                 found.error(f'{name} has no image')
             elif not config.get('backend_args'):
                 check_files(records, found)
             if found.errors:
                 raise DataError(found.errors[0])
+
+
+def measures_masks(cfg: Mapping[str, Any], split: str) -> bool:
+    """Whether a split's metric compares masks with the annotations'."""
+    metrics = (evaluator.get('metric', ()) for evaluator in evaluators_of(cfg, split))
+    return any('segm' in ([metric] if isinstance(metric, str) else metric) for metric in metrics)
 
 
 def check_dataset(cfg: Mapping[str, Any], name: str, config: Any, quick: bool, progress: Progress) -> Report:
@@ -82,7 +91,8 @@ def check_dataset(cfg: Mapping[str, Any], name: str, config: Any, quick: bool, p
         report.classes = dataset.metainfo.get('classes') or ()
         check_heads(cfg, report)
         pipeline = config.get('pipeline') or []
-        records = read_records(dataset, report, masks=trains and any(step.get('with_mask') for step in pipeline))
+        learns_masks = trains and any(step.get('with_mask') for step in pipeline)
+        records = read_records(dataset, report, masks=learns_masks or measures_masks(cfg, name.partition('_')[0]))
     except DataError as error:
         report.error(str(error))
         return report

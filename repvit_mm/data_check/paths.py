@@ -16,6 +16,12 @@ def datasets_of(cfg: Mapping[str, Any], split: str) -> Iterator[tuple[str, Any]]
         yield from plain_datasets(loader['dataset'], f'{split}_dataloader.dataset')
 
 
+def evaluators_of(cfg: Mapping[str, Any], split: str) -> list[Mapping[str, Any]]:
+    """The metrics of a split, of which there may be one or several; training has none."""
+    found = cfg.get(f'{split}_evaluator') or [] if split != 'train' else []
+    return found if isinstance(found, list) else [found]
+
+
 def wanted_paths(cfg: Mapping[str, Any], *splits: str) -> Iterator[tuple[str, str]]:
     """The files and folders that the splits' data sets and metrics read.
 
@@ -34,9 +40,8 @@ def wanted_paths(cfg: Mapping[str, Any], *splits: str) -> Iterator[tuple[str, st
                 if path:
                     field = key if key == 'ann_file' else f'data_prefix.{key}'
                     yield f'{name}.{field}', os.path.join(root, path)
-        evaluators = cfg.get(f'{split}_evaluator') or []
-        for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
-            if split != 'train' and evaluator.get('ann_file'):
+        for evaluator in evaluators_of(cfg, split):
+            if evaluator.get('ann_file'):
                 yield f'{split}_evaluator.ann_file', evaluator['ann_file']
 
 

@@ -62,7 +62,7 @@ def read_records(dataset: Any, report: Report, masks: bool) -> list[ImageRecord]
     Args:
         dataset: The data set.
         report: Holds the data set's name; findings are added to it.
-        masks: Whether the model learns masks.
+        masks: Whether the model learns masks, or they are measured.
 
     Raises:
         DataError: if it cannot be read.
@@ -242,7 +242,7 @@ def box_left_out(annotation: Mapping[str, Any], size: tuple[int, int]) -> str | 
     return None
 
 
-NO_MASK = 'without segmentation, which the model learns from'
+NO_MASK = 'without segmentation, which masks are learned from and measured against'
 WRONG_SIZE = 'with a mask of another size than their image'
 FEW_POINTS = 'whose polygons have fewer than three points'
 

@@ -20,10 +20,10 @@ from torch import nn
 from .._versions import DISTRIBUTIONS
 from ..checkpoint import cached, tensors_of
 from ..fingerprint import digest_of
+from ..fold import fold_conv_norms
 from ..loading import FAMILIES, check_outside_backbones
 from ..messages import one_line
 from ..reparam import reparam_blocks, switch_to_deploy
-from .fold import fold_conv_norms
 from .graph import ExportError, Graph
 from .metadata import FileInfo
 

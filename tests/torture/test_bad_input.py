@@ -143,6 +143,9 @@ ROWS = {
         'train.py seg.py --cfg-options optimizer.lr=-1 optim_wrapper.optimizer.lr=-1', ('learning rate',)
     ),
     'no epochs': Row('train.py det.py --cfg-options train_cfg.max_epochs=0', ('train_cfg.max_epochs=0: expected',)),
+    'half an iteration': Row(
+        'train.py seg.py --cfg-options train_cfg.max_iters=2.5', ('train_cfg.max_iters=2.5: expected a whole number',)
+    ),
     'number of iterations in words': Row(
         'train.py seg.py --cfg-options train_cfg.max_iters=many', ("train_cfg.max_iters='many': expected",)
     ),

@@ -34,8 +34,12 @@ FORMS = {
     'folded': {},
     'fused': {},
     'fused_bf16': {},
+    'compiled': {},
+    'compiled_bf16': {},
 }
 """Name of a route in torch -> the options of its backbone: ``plain`` runs the branches, as others would."""
+
+UNFUSED = ('plain', 'folded')
 
 ROUTES = (*FORMS, *FILES)
 
@@ -102,7 +106,7 @@ class Bench:
             LeftOut: if the route cannot be taken.
         """
         if route in FORMS:
-            half = 'bfloat16' if route == 'fused_bf16' else None
+            half = 'bfloat16' if route.endswith('_bf16') else None
             if half and (warning := check_dtype(half, self.device.type)):
                 raise LeftOut(warning)
             cfg = copy.deepcopy(self.cfg)
@@ -112,8 +116,9 @@ class Bench:
             return {
                 'config': str(path),
                 'weights': str(self.weights),
-                'fuse': route in ('fused', 'fused_bf16'),
+                'fuse': route not in UNFUSED,
                 'half': half,
+                'compile': route.startswith('compiled'),
                 'device': str(self.device),
                 'task': TASKS[cfg.default_scope],
                 **self.common,
@@ -218,7 +223,7 @@ def measure_model(
                 'name': name,
                 'batch': batch,
                 'route': route,
-                'parameters': count_parameters(bench.fused if route not in ('plain', 'folded') else model),
+                'parameters': count_parameters(model if route in UNFUSED else bench.fused),
                 **times(spread, first, batch),
                 **workers[route].memory(),
             }

@@ -2,8 +2,6 @@
 
 import copy
 import importlib
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...backbone import ReparamBackbone
+from ...compilation import CompilerError, check_compiler
 from ...layers import module_by_module
 from ...messages import one_line
 from ...precision import check_dtype
@@ -171,10 +170,10 @@ def compile_network(network: nn.Module, stack: ExitStack) -> Callable[[Tensor], 
     Raises:
         LeftOut: if there is no compiler.
     """
-    if next(network.parameters()).device.type == 'cuda':
-        optional('triton')
-    elif not shutil.which(os.environ.get('CXX', 'g++')):
-        raise LeftOut('torch.compile needs a C++ compiler')
+    try:
+        check_compiler(next(network.parameters()).device.type)
+    except CompilerError as error:
+        raise LeftOut(str(error)) from None
     # torch compiles one function a few times only and then, without a word, no more.
     stack.callback(torch.compiler.reset)
     return torch.compile(network, dynamic=False)

@@ -39,9 +39,9 @@ class Worker:
 
     Args:
         task: What the process gets ready: either ``file``, the path of an exported file, or ``config``, ``weights``
-            (paths), ``fuse`` (a bool), ``half`` (a name in :data:`~repvit_mm.precision.HALF`, or ``None``), ``device``
-            and the model's ``task``; in both cases ``threads`` and ``images``, the path of an ``.npy`` file
-            ``(N, 3, H, W)``, RGB, from 0 to 255.
+            (paths), ``fuse`` and ``compile`` (bools), ``half`` (a name in :data:`~repvit_mm.precision.HALF`, or
+            ``None``), ``device`` and the model's ``task``; in both cases ``threads`` and ``images``, the path of an
+            ``.npy`` file ``(N, 3, H, W)``, RGB, from 0 to 255.
 
     Raises:
         WorkerError: if the route cannot be made ready.
@@ -139,6 +139,7 @@ def torch_route(task: Mapping[str, Any]) -> Ready:
     import torch
     from mmengine.config import Config
 
+    from ...compilation import compile_networks
     from ...precision import HALF, compute_in
     from ..load import build_model, fuse_model
     from ..verify import framework_results
@@ -151,6 +152,8 @@ def torch_route(task: Mapping[str, Any]) -> Ready:
     model = (fuse_model(model) if task['fuse'] else model).to(device)
     if task['half']:
         compute_in(model, HALF[task['half']])
+    if task['compile']:
+        compile_networks(model, dynamic=False)
     images = np.load(task['images'])
 
     def run() -> None:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvit_mm.backbone import ReparamBackbone
 from repvit_mm.deploy import fold
-from repvit_mm.deploy.fold import fold_conv_norms
+from repvit_mm.fold import fold_conv_norms
 from repvit_mm.reparam import reparam_blocks
 
 BN = dict(type='BN')

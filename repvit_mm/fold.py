@@ -11,9 +11,9 @@ import torch
 from mmengine.logging import print_log
 from torch import fx, nn
 
-from ..backbone import ReparamBackbone
-from ..compat.pytorch import BatchNorm, InstanceNorm, children_of
-from ..reparam import conv_kernel, fold_norm
+from .backbone import ReparamBackbone
+from .compat.pytorch import BatchNorm, InstanceNorm, children_of
+from .reparam import conv_kernel, fold_norm
 
 
 @dataclass
