@@ -8,6 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
+from repvit_mm.compat.pytorch import multiplies_bfloat16
+
 sys.path.append(str(Path(__file__).parents[1] / 'tools'))
 _launch, demo = map(importlib.import_module, ('_launch', 'demo'))
 
@@ -66,20 +68,31 @@ def test_demo_draws_a_row_for_each_task(tools, tmp_path, monkeypatch):
     assert np.abs(shown - np.array([255, 215, 175, 135])[None, :, None]).max() <= 2
 
 
-def outcome(*columns: float) -> 'demo.Outcome':
+def outcome(unfused: float, **others: float) -> 'demo.Outcome':
+    """The same figure in all columns but for some."""
+    routes = [column.route for column in demo.COLUMNS]
     row = {'parameters': 1, 'ms': 1.0, 'times_first': 1.0}
-    sizes = [None, None, None, 11.6, 3.9]
-    return demo.Outcome({'mIoU': list(columns)}, 56, sizes, [row] * len(demo.COLUMNS))
+    values = [others.get(route, unfused) for route in routes]
+    return demo.Outcome(
+        {'mIoU': values}, 56, [11.6 if column.export else None for column in demo.COLUMNS], [row] * len(routes)
+    )
 
 
 def test_demo_tells_what_fusing_and_exporting_changed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, 'OUT', tmp_path)
     monkeypatch.setattr(demo, 'TASKS', demo.TASKS[1:])
-    good = {'segmentation': outcome(85.9, 85.9, 85.9, 85.9, 85.2)}
+    monkeypatch.setattr(demo, 'COLUMNS', demo.ALL_COLUMNS)
+    good = {'segmentation': outcome(85.9, fused_bf16=85.6, openvino_int8=85.2)}
     demo.report(good)
     assert '11.6' in capsys.readouterr().out and 'OpenVINO int8' in (tmp_path / 'table.txt').read_text()
     assert demo.shortcomings(good) == []
-    assert demo.shortcomings({'segmentation': outcome(85.9, 85.9, 85.9, 85.6, 85.9)}) == [
-        'mIoU is 85.90 unfused and 85.60 ONNX'
+    assert demo.shortcomings({'segmentation': outcome(85.9, onnxruntime=85.6, compiled_bf16=85.5)}) == [
+        'mIoU is 85.90 unfused and 85.50 compiled, bfloat16',
+        'mIoU is 85.90 unfused and 85.60 ONNX',
     ]
-    assert demo.shortcomings({'segmentation': outcome(*[79.0] * 5)}) == ['mIoU is 79.0, wanted 80']
+    assert demo.shortcomings({'segmentation': outcome(79.0)}) == ['mIoU is 79.0, wanted 80']
+
+
+def test_demo_leaves_out_what_the_processor_does_not_multiply():
+    routes = [column.route for column in demo.COLUMNS]
+    assert ('fused_bf16' in routes) == multiplies_bfloat16() and 'openvino_int8' in routes
