@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from repvit_mm.deploy.verify import Tolerance, compare, relative_error
+from repvit_mm.deploy.verify import Tolerance, compare, largest, relative_error
 
 TOLERANCE = Tolerance()
 
@@ -58,6 +58,14 @@ def test_other_detections(other):
         difference = compare('detection', *(detections(*rows) for rows in pair), TOLERANCE)
         assert not difference.tolerated
         assert 'no counterpart' in difference.text
+
+
+@pytest.mark.parametrize(('rows', 'other'), [([], []), ([(0.04, 2, 3.0)], []), ([], [(0.0504, 2, 3.0)])])
+def test_nothing_to_compare_is_told(rows, other):
+    nothing = compare('detection', detections(*rows), detections(*other), TOLERANCE)
+    assert nothing.tolerated and nothing.text.startswith('nothing was compared, neither detects anything above')
+    something = compare('detection', detections(*FEW), detections(*FEW), TOLERANCE)
+    assert largest([nothing, something]) is largest([something, nothing]) is something
 
 
 def test_last_place_of_a_full_list_may_go_to_another():

@@ -55,7 +55,8 @@ class Difference:
 
     Args:
         text: In words and numbers.
-        excess: The largest difference divided by the tolerance: above 1, or not a number, is too much.
+        excess: The largest difference divided by the tolerance: above 1, or not a number, is too much. It is negative
+            if there was nothing to compare.
     """
 
     text: str
@@ -206,7 +207,9 @@ def _compare_detections(expected: Outputs, found: Outputs, tolerance: Tolerance,
         alone += sum(right['scores'][a] > certain for a in range(len(right['scores'])) if a not in matches)
         taken = set(matches.values())
         alone += sum(actual['scores'][b] > certain for b in range(len(actual['scores'])) if b not in taken)
-    share = alone / max(pairs + alone, 1)
+    if not pairs + alone:
+        return Difference(f'nothing was compared, neither detects anything above a score of {SCORE}', -1.0)
+    share = alone / (pairs + alone)
     text = f'{pairs} detections differ by at most {boxes:.1e} pixels and {scores:.1e} in score'
     if 'masks' in expected:
         text += f', their masks have an IoU of at least {1 - masks:.4f}'
