@@ -65,8 +65,8 @@ class RepMixer(ReparamBlock):
         """As every block. Where autocast trains it, the sum is float32, as the layer scale makes it in the branches."""
         if training_dtype(x) is None or not self.runs_folded():
             return super().forward(x)
-        whole = self._shared
-        kernel = self.residual_kernel() if whole is None else subtract_kernel(whole, identity_kernel(whole))
+        shared = self._shared
+        kernel = self.residual_kernel() if shared is None else subtract_kernel(shared, identity_kernel(shared))
         options = self.stride, self.padding, self.dilation, self.groups
         return convolve(x, *kernel, *options, recomputes=self.recomputes, residual=True)
 

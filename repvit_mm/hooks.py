@@ -253,7 +253,7 @@ class NamedBatchHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Let what a step raises be told with its batch."""
-        self.own = vars(runner.model).get('train_step')  # a compiled one
+        self.compiled_step = vars(runner.model).get('train_step')
         step = runner.model.train_step
 
         def train_step(data: Any, optim_wrapper: OptimWrapper) -> Any:
@@ -269,8 +269,8 @@ class NamedBatchHook(Hook):
     def after_train(self, runner: Runner) -> None:
         """Leave the model as it was."""
         del runner.model.train_step
-        if self.own:
-            runner.model.train_step = self.own
+        if self.compiled_step:
+            runner.model.train_step = self.compiled_step
 
 
 def explained(error: Exception, data_batch: Any, runner: Runner) -> BatchError | SampleError:

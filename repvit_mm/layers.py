@@ -181,8 +181,8 @@ def activated(conv: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
         x: Map ``(N, C_in, H, W)``.
     """
     name = {GELU: 'gelu', ReLU: 'relu'}.get(type(act))
-    one = _single_convolution(conv, x) if name else None
-    return act(conv(x)) if one is None else conv_activated(x, *one, name)
+    single = _single_convolution(conv, x) if name else None
+    return act(conv(x)) if single is None else conv_activated(x, *single, name)
 
 
 def add_convolved(x: Tensor, conv: nn.Module, drop_path: nn.Module, hidden: Tensor) -> Tensor:
@@ -195,10 +195,10 @@ def add_convolved(x: Tensor, conv: nn.Module, drop_path: nn.Module, hidden: Tens
         hidden: Map ``(N, C_in, H, W)``.
     """
     idle = isinstance(drop_path, StochasticDepth) and not (drop_path.training and drop_path.rate)
-    one = _single_convolution(conv, hidden) if idle and x.dtype is hidden.dtype else None
-    if one is None or not x.is_contiguous(memory_format=torch.channels_last):
+    single = _single_convolution(conv, hidden) if idle and x.dtype is hidden.dtype else None
+    if single is None or not x.is_contiguous(memory_format=torch.channels_last):
         return add_residual(x, drop_path(conv(hidden)))
-    return add_conv_(x, hidden, *one)
+    return add_conv_(x, hidden, *single)
 
 
 def _single_convolution(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, ConvOptions] | None:

@@ -147,8 +147,8 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
             OptimizerError: if its settings, which a resumed run takes, lack what this optimizer needs.
         """
         wrapper = runner.optim_wrapper
-        for one in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]:
-            optimizer = one.optimizer
+        for part in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]:
+            optimizer = part.optimizer
             if missing := sorted(optimizer.defaults.keys() - optimizer.param_groups[0].keys()):
                 raise OptimizerError(
                     f'the checkpoint is of a run with another optimizer: it has no {", ".join(missing)} for '
@@ -396,5 +396,5 @@ class StopOnSignalHook(Hook):
         for hook in runner.hooks:
             if isinstance(hook, ResumableCheckpointHook):
                 return hook.save(runner, filename, meta)
-        whole = dict(backend='atomic_local')
-        return save_to_resume_from(runner, runner.work_dir, filename, meta=meta, backend_args=whole)
+        backend_args = dict(backend='atomic_local')
+        return save_to_resume_from(runner, runner.work_dir, filename, meta=meta, backend_args=backend_args)

@@ -140,8 +140,8 @@ def check_length(cfg: Config) -> None:
     """Exit with one line unless a run would train, and validate at some time if at all."""
     for key in ('max_epochs', 'max_iters', 'val_interval'):
         value = cfg.train_cfg.get(key, 1)
-        whole = isinstance(value, int) or (isinstance(value, float) and (value.is_integer() or value == math.inf))
-        if not whole or value < 1:
+        is_number = isinstance(value, int) or (isinstance(value, float) and (value.is_integer() or value == math.inf))
+        if not is_number or value < 1:
             sys.exit(f'train_cfg.{key}={value!r}: expected a whole number, at least 1')
 
 
