@@ -42,8 +42,9 @@ class Tolerance:
 TOLERANCES = {
     'float32': Tolerance(),
     'float16': Tolerance(maps=2e-2, pixels=2e-2, boxes=2.0, scores=2e-2, masks=0.05, detections=0.05),
-    'bfloat16': Tolerance(maps=5e-2, pixels=3e-2, boxes=4.0, scores=0.1, masks=0.1, detections=0.1),
-    # Only the metric tells whether an int8 file is good; these limits find broken ones.
+    # Only the metric tells whether a file of so few bits detects well; these limits find broken ones. A region that
+    # bfloat16 moves a little may get quite another score and mask.
+    'bfloat16': Tolerance(maps=5e-2, pixels=3e-2, boxes=4.0, scores=0.2, masks=0.5, detections=0.3),
     'int8': Tolerance(maps=0.3, pixels=0.1, boxes=8.0, scores=0.2, masks=0.3, detections=0.3),
 }
 """Precision of a file's weights -> how much it may differ from the float32 model."""
