@@ -8,11 +8,13 @@ import torch
 from helpers import SMALL, randomize
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
+from programs import spare_mmengine
 
 from repvit_mm.backbone import ReparamBackbone
 
 # The maps of the tests are too small to share between threads: handing them over costs more than it saves.
 torch.set_num_threads(1)
+spare_mmengine()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
