@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import mmengine.config.config
+import mmengine.runner.runner
 import torch
 from mmengine.runner import Runner
 
@@ -105,13 +106,14 @@ def spare_mmengine() -> None:
     """Spare this process what MMEngine does in vain.
 
     For each ``mmdet::`` or ``mmseg::`` in a config it reads the library's whole model index, a hundred files, in which
-    it looks for a name without its suffix; then it joins paths. It lays out the config's text five times in a run, and
-    asks compilers and drivers for their versions.
+    it looks for a name without its suffix; then it joins paths. It lays out the config's text five times in a run, asks
+    compilers and drivers for their versions, and for each checkpoint git for its own commit, where there is none.
     """
     module = mmengine.config.config
     module._get_external_cfg_path = module._get_external_cfg_base_path
     module.FormatCode = lambda text, **_: (text, True)
     Runner._log_env = lambda *_: None
+    mmengine.runner.runner.get_git_hash = lambda *_: 'unknown'
 
 
 def launch_anew(folder: Path, tool: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:

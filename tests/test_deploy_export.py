@@ -15,7 +15,16 @@ from test_deploy_graph import images
 
 from repvit_mm._versions import FRAMEWORKS
 from repvit_mm.deploy import coreml
-from repvit_mm.deploy.export import EXPORTERS, Exportable, Options, build_graph, check_options, export, trials
+from repvit_mm.deploy.export import (
+    EXPORTERS,
+    Exportable,
+    Options,
+    build_graph,
+    check_options,
+    export,
+    trials,
+    write_file,
+)
 from repvit_mm.deploy.graph import ExportError
 from repvit_mm.deploy.load import describe, fuse_model, input_size, resizing
 from repvit_mm.deploy.metadata import KEY, FileInfo
@@ -136,15 +145,19 @@ def test_targets(target, name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('target', [target for target in RUNNING if EXPORTERS[target].half in ('graph', 'file')])
 def test_half_precision(target, tmp_path):
-    sizes = {}
-    for half in (False, True):
-        model, path, _ = make(target, 'semantic_fpn', tmp_path / str(half), half=half)
+    model, half, _ = make(target, 'semantic_fpn', tmp_path, half=True)
+    options = Options(sizes=(SIZE,))
+    exportable = Exportable.prepare(model, small_config('semantic_fpn'), None, target, options)
+    whole = tmp_path / f'whole{half.suffix}'
+    write_file(exportable.graph, exportable.info, target, whole, options)
+    sizes = []
+    for path, precision in ((whole, 'float32'), (half, 'float16')):
+        assert open_file(path).info.precision == precision
         # OpenVINO keeps its weights beside the .xml file, in which each of them then needs a conversion.
-        files = [file for file in path.parent.glob(f'{path.stem}.*') if file.suffix != '.xml']
-        sizes[half] = sum(file.stat().st_size for file in files)
-        assert open_file(path).info.precision == ('float16' if half else 'float32')
+        files = [file for file in tmp_path.glob(f'{path.stem}.*') if file.suffix != '.xml']
+        sizes.append(sum(file.stat().st_size for file in files))
     weights = sum(parameter.numel() for parameter in model.parameters())
-    assert sizes[False] - sizes[True] > 1.6 * weights  # of 2 bytes each
+    assert sizes[0] - sizes[1] > 1.6 * weights  # of 2 bytes each
 
 
 @pytest.mark.slow

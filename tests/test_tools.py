@@ -483,6 +483,6 @@ class TestMixedPrecision:
 
 
 def test_usage_errors_are_argparse_s(tmp_path):
-    done = launch_anew(tmp_path, 'train.py')
+    done = launch(tmp_path, 'train.py')
     assert done.returncode == 2
     assert 'usage: train.py' in done.stderr and 'Traceback' not in done.stderr
