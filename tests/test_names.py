@@ -5,11 +5,11 @@ from functools import cache
 
 import pytest
 import torch
-from helpers import ENDS, GOLDENS, HEADS, Golden, family_of, fuse_as_owners
+from helpers import ENDS, GOLDENS, HEADS, Golden, family_of, fuse_as_owners, slow_but
 
 from repvit_mm.backbone import ReparamBackbone
 
-golden_names = pytest.mark.parametrize('golden', GOLDENS, ids=lambda golden: golden.name)
+golden_names = pytest.mark.parametrize('golden', slow_but(ENDS, GOLDENS))
 some_golden_names = pytest.mark.parametrize('golden', ENDS, ids=lambda golden: golden.name)
 
 
