@@ -72,7 +72,7 @@ class Watch(Hook):
         self.blocks['test'].append(len(reparam_blocks(runner.model)))
 
 
-@pytest.fixture(params=SMALL)
+@pytest.fixture(params=slow_but(['repvit', 'fastvit'], SMALL))
 def net(request: pytest.FixtureRequest) -> Net:
     cls, arch = SMALL[request.param]
     return randomize(Net(cls(arch)))
