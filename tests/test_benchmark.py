@@ -56,6 +56,7 @@ runpy.run_module('benchmark', run_name='__main__')
 """
 
 
+@pytest.mark.slow
 def test_backbone_from_the_command_line_without_mmcv(tmp_path):
     routes = ['plain', 'folded', 'fused']
     command = ['backbone', 'm0_6', '--size', '64', '--rounds', '2', '--batch', '1', '2', '--routes', *routes]

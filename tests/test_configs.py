@@ -94,9 +94,8 @@ def is_typical(path):
 
 
 def quick_for_small(paths):
-    """The smallest variants and the demo data set's belong to the quick part of the suite."""
-    smallest = [family.goldens[0] for family in FAMILIES]
-    quick = [path for path in paths if family_and_arch(path)[1] in smallest or path in SHAPES]
+    """The smallest variant and the demo data set's belong to the quick part of the suite."""
+    quick = [path for path in paths if family_and_arch(path)[1] == FAMILIES[0].goldens[0] or path in SHAPES]
     return [pytest.param(p, id=p.stem, marks=() if p in quick else pytest.mark.slow) for p in paths]
 
 

@@ -432,7 +432,11 @@ WITHIN_EPOCHS = [('type', 'ResumableEpochBasedTrainLoop')]
 
 
 @pytest.mark.parametrize('loop', LAST)
-@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT], ids=lambda signum: signum.name)
+@pytest.mark.parametrize(
+    'signum',
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    ids=lambda signum: signum.name,
+)
 @pytest.mark.parametrize(
     ('iteration', 'stage', 'start'),
     [(0, 'train', 1), (2, 'train', 3), (4, 'train', 5), (6, 'val', 6)],
