@@ -77,10 +77,16 @@ def maps(tensors: dict, golden: Golden, **options) -> tuple:
 
 
 @pytest.fixture(scope='module')
-def released(tmp_path_factory, golden) -> Path:
-    """A released classifier."""
-    path = tmp_path_factory.mktemp(golden.name) / 'released.pth'
-    torch.save(layout(golden), path)
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp('released')
+
+
+@pytest.fixture
+def released(folder, golden) -> Path:
+    """A released classifier, written once."""
+    path = folder / f'{golden.name}.pth'
+    if not path.exists():
+        torch.save(layout(golden), path)
     return path
 
 
@@ -113,7 +119,7 @@ def detector(smallest) -> Path:
 
 
 class TestEveryArch:
-    @pytest.mark.parametrize('golden', slow_but(FIRST, GOLDENS), scope='module')
+    @pytest.mark.parametrize('golden', slow_but(FIRST, GOLDENS))
     def test_names_change_and_nothing_else(self, tmp_path, capsys, golden, released):
         main([str(released), '--check'])
         backbone = without_heads(weights(golden))
@@ -142,7 +148,7 @@ class TestEveryArch:
             if twin:  # the other owners' own list of names
                 assert {name: tuple(t.shape) for name, t in tensors.items()} == without_heads(twin.shapes)
 
-    @pytest.mark.parametrize('golden', slow_but(FIRST, EVERY_KIND), scope='module')
+    @pytest.mark.parametrize('golden', slow_but(FIRST, EVERY_KIND))
     def test_fused_names_go_there_and_back(self, tmp_path, capsys, golden, released):
         first = tmp_path / 'ours.pth'
         main([str(released), str(first), '--fuse'])
@@ -170,7 +176,7 @@ class TestEveryArch:
         assert re.search(f'{title}, fused form', capsys.readouterr().out)
 
 
-@pytest.mark.parametrize('golden', slow_but([SMALLEST], KINDS), scope='module')
+@pytest.mark.parametrize('golden', slow_but([SMALLEST], KINDS))
 @pytest.mark.parametrize(('suffix', 'fuse'), [('pth', False), ('safetensors', True)], ids=['training', 'fused'])
 @pytest.mark.parametrize('to', ['ours', 'authors', 'timm'])
 def test_converted_networks_compute_what_the_reference_did(tmp_path, golden, released, suffix, fuse, to):
