@@ -5,14 +5,16 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers import SMALL, randomize
+from helpers import SMALL, randomize, slow_but
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
+from programs import spare_mmengine
 
 from repvit_mm.backbone import ReparamBackbone
 
 # The maps of the tests are too small to share between threads: handing them over costs more than it saves.
 torch.set_num_threads(1)
+spare_mmengine()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,7 +52,7 @@ def scope_restored() -> Iterator[None]:
     DefaultScope._instance_dict.update(before)
 
 
-@pytest.fixture(params=SMALL)
+@pytest.fixture(params=slow_but(['repvit', 'fastvit', 'mobileone'], SMALL))
 def build(request: pytest.FixtureRequest) -> Callable[..., ReparamBackbone]:
     """Builds a small network of one kind, with the given options and weights that its tensors' names decide."""
     cls, arch = SMALL[request.param]

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -37,7 +37,6 @@ class Family:
     Args:
         cls: Our class. Its name in lower case begins the names of golden files and stands in those of configs.
         typical: A small variant with every kind of block.
-        large: Variants that are too large for the quick part of the suite.
         goldens: The variants that the authors' code was measured for.
         timm_goldens: Those that timm's was measured for.
         taps: Our tap -> what the maps of stages 1 to 3 are called in the authors' golden files.
@@ -55,7 +54,6 @@ class Family:
 
     cls: type[ReparamBackbone]
     typical: str
-    large: tuple[str, ...]
     goldens: tuple[str, ...]
     timm_goldens: tuple[str, ...]
     heads: tuple[str, ...]
@@ -79,7 +77,6 @@ FAMILIES = [
     Family(
         RepViT,
         typical='m0_6',
-        large=('m1_5', 'm2_3'),
         goldens=('m0_6', 'm0_9', 'm1_0', 'm1_1', 'm1_5', 'm2_3'),
         timm_goldens=('m1', 'm2', 'm3', 'm0_9', 'm1_1'),
         taps={'stage_end': 'stage', 'pre_downsample': 'pre_downsample'},
@@ -102,7 +99,6 @@ FAMILIES = [
     Family(
         FastViT,
         typical='sa12',
-        large=('sa24', 'sa36', 'ma36'),
         goldens=('t8', 't12', 's12', 'sa12', 'sa24', 'sa36', 'ma36'),
         timm_goldens=('t8', 'sa12'),
         heads=('conv_exp.', 'final_conv.', 'head.'),
@@ -125,7 +121,6 @@ FAMILIES = [
     Family(
         MobileOne,
         typical='s4',
-        large=(),
         goldens=('s0', 's1', 's2', 's3', 's4'),
         timm_goldens=('s0', 's1', 's4'),
         heads=('linear.', 'head.'),
@@ -242,6 +237,19 @@ TYPICAL = [golden for golden in GOLDENS if golden.arch == golden.family.typical 
 
 # Of each family one network of the authors and one of timm.
 ENDS = [golden for family in FAMILIES for golden in (goldens_of(family)[0], goldens_of(family)[-1])]
+
+
+def slow_but(quick: Collection, values: Iterable) -> list:
+    """The values of a test's parameter; all but the quick ones are left out of the quick part of the suite."""
+    return [
+        pytest.param(
+            value,
+            id=value.name if isinstance(value, Golden) else str(value),
+            marks=() if value in quick else pytest.mark.slow,
+        )
+        for value in values
+    ]
+
 
 # Small networks with every kind of block, for tests that run many of them.
 SMALL = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from helpers import relative_error
+from helpers import relative_error, slow_but
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from small_models import small_config, small_model
@@ -112,7 +112,7 @@ def test_model_from_a_config_and_a_file(models, task, form, file, image):
     assert same(task, infer(model, image), expected)
 
 
-@pytest.mark.parametrize('task', CONFIGS)
+@pytest.mark.parametrize('task', slow_but(['seg'], CONFIGS))
 @pytest.mark.parametrize('form', FORMS)
 def test_inferencer(models, task, form, file, image):
     if task == 'det':

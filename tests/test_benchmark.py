@@ -56,6 +56,7 @@ runpy.run_module('benchmark', run_name='__main__')
 """
 
 
+@pytest.mark.slow
 def test_backbone_from_the_command_line_without_mmcv(tmp_path):
     routes = ['plain', 'folded', 'fused']
     command = ['backbone', 'm0_6', '--size', '64', '--rounds', '2', '--batch', '1', '2', '--routes', *routes]
@@ -122,6 +123,11 @@ def test_distances_of_gradients_from_the_command_line(tmp_path, capsys):
             'trains with live statistics',
             marks=pytest.mark.needs_ops,
         ),
+        pytest.param(
+            ['backbone', '--device', 'cuda'],
+            '--device cuda: torch finds no GPU here; --device cpu measures the processor',
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU'),
+        ),
     ],
 )
 def test_one_line_on_what_cannot_be_measured(arguments, message, tmp_path):
@@ -131,11 +137,10 @@ def test_one_line_on_what_cannot_be_measured(arguments, message, tmp_path):
     assert message in str(end.value.code) and '\n' not in str(end.value.code)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
-def test_no_gpu():
-    done = launch('backbone', '--device', 'cuda')
-    assert done.returncode == 1
-    assert done.stderr == '--device cuda: torch finds no GPU here; --device cpu measures the processor\n'
+def test_routes_of_a_whole_model_are_those_that_run_here(capsys):
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(['model', str(SEGMENTATION), '--routes', 'plain', 'coreml'])
+    assert end.value.code == 2 and "invalid choice: 'coreml'" in capsys.readouterr().err
 
 
 def test_without_names_all_of_published_accuracy_are_measured():
@@ -160,14 +165,12 @@ def test_training_of_a_whole_model(tmp_path):
 @pytest.mark.needs_ops
 def test_inference_of_a_whole_model(tmp_path):
     pytest.importorskip('onnxruntime')
-    wanted = ['plain', 'fused', 'onnxruntime', 'coreml']
+    wanted = ['plain', 'fused', 'onnxruntime']
     command = ['model', SEGMENTATION, '--size', '64', '96', '--rounds', '1', '--out-dir', tmp_path, '--routes']
-    refused = launch(*command, *wanted)
-    assert refused.returncode == 2 and "invalid choice: 'coreml'" in refused.stderr
-    done = launch(*command, *wanted[:3])
+    done = launch(*command, *wanted)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = results(tmp_path, 'model')['rows']
-    assert [row['route'] for row in rows] == wanted[:3]
+    assert [row['route'] for row in rows] == wanted
     assert all(row['ms'] > 0 and row['process_bytes'] > 0 for row in rows)
     # Without torch in it, the file's process is smaller.
     assert rows[2]['process_bytes'] < rows[1]['process_bytes'] and 'peak_bytes' not in rows[2]

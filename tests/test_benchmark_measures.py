@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from helpers import SMALL, largest_error, randomize
+from helpers import SMALL, largest_error, randomize, slow_but
 from torch import nn
 
 from repvit_mm import FastViT, MobileOne, RepViT, switch_to_deploy
@@ -20,7 +20,14 @@ CPU = torch.device('cpu')
 
 # G at 224x224, from the authors' README; their classifiers add less than 0.001.
 @pytest.mark.parametrize(
-    ('arch', 'published'), [('m0_9', 0.8), ('m1_0', 1.1), ('m1_1', 1.3), ('m1_5', 2.3), ('m2_3', 4.5)]
+    ('arch', 'published'),
+    [
+        ('m0_9', 0.8),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in [('m1_0', 1.1), ('m1_1', 1.3), ('m1_5', 2.3), ('m2_3', 4.5)]
+        ),
+    ],
 )
 def test_macs_are_the_published_ones(arch, published):
     network = switch_to_deploy(RepViT(arch).eval())
@@ -143,10 +150,11 @@ class TestGradients:
         assert all(folded[f'{loss}_times_plain'] == folded[loss] / plain[loss] for loss in LOSSES)
         return [folded[f'{loss}_times_plain'] for loss in LOSSES]
 
-    @pytest.mark.parametrize('name', NETWORKS)
+    @pytest.mark.parametrize('name', slow_but(['attention'], NETWORKS))
     def test_no_farther_than_those_of_the_branches(self, name):
         assert max(self.times_plain(name)) < 1
 
+    @pytest.mark.slow
     def test_residual_sums_in_bfloat16_are_noticed(self, monkeypatch):
         """Twin: the branches' layer scale keeps them in float32."""
         monkeypatch.delattr(RepMixer, 'forward')

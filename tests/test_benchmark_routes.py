@@ -35,7 +35,7 @@ LIBRARIES = {
 """Name of a route -> its library, where they are called otherwise."""
 
 
-SLOW = ('openvino_int8', 'executorch')
+SLOW = ('openvino_bf16', 'openvino_int8', 'executorch')
 
 
 def small_source() -> Source:

@@ -36,6 +36,7 @@ def test_every_launcher_says_what_it_does():
     assert all(len(text) > 10 and 'python tools/' not in text for text in summaries.values()), summaries
 
 
+@pytest.mark.slow
 def test_arguments_status_and_name_are_the_launcher_s(tmp_path):
     done = run(tmp_path, 'plot-log', 'absent', '--out', 'x.png')
     assert done.returncode == 1
@@ -51,7 +52,12 @@ def test_arguments_status_and_name_are_the_launcher_s(tmp_path):
     ('launcher', 'library', 'fault'),
     [
         ('train', 'torch', "ModuleNotFoundError('no torch here', name='torch')"),
-        ('predict', 'supervision', "ModuleNotFoundError('no supervision here', name='supervision')"),
+        pytest.param(
+            'predict',
+            'supervision',
+            "ModuleNotFoundError('no supervision here', name='supervision')",
+            marks=pytest.mark.slow,
+        ),
         ('check_data', 'cv2', "ImportError('libGL.so.1: cannot open', name='cv2')"),
     ],
 )
@@ -74,6 +80,7 @@ def test_a_library_that_cannot_be_imported_is_told_in_one_line(tmp_path, launche
     assert done.stderr.startswith(f'{program}: {text} (') and '.venv' in done.stderr
 
 
+@pytest.mark.slow
 def test_export_needs_no_library_of_another_target(tmp_path):
     for library in ('onnx', 'onnxruntime', 'openvino', 'executorch', 'coremltools'):
         (tmp_path / f'{library}.py').write_text('raise ImportError\n')

@@ -4,7 +4,6 @@ import hashlib
 import importlib
 import re
 import resource
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from helpers import ENDS, GOLDENS, HEADS, TYPICAL, Golden, image, largest_error
+from helpers import ENDS, FAMILIES, GOLDENS, HEADS, TYPICAL, Golden, goldens_of, image, largest_error, slow_but
 from mmengine.logging import HistoryBuffer
-from programs import TOOLS, launch
+from programs import TOOLS, launch, launch_anew
 
 from repvit_mm import RepViT
 from repvit_mm.checkpoint import CheckpointError, read_checkpoint
@@ -25,9 +24,10 @@ main = importlib.import_module('convert_checkpoint').main
 
 SOURCES = {golden.name: golden for golden in GOLDENS}
 SMALLEST = SOURCES['repvit_m0_6']
-QUICK = [*TYPICAL, SOURCES['timm_repvit_m1']]
+KINDS = [*TYPICAL, SOURCES['timm_repvit_m1']]
 # The variants of a family differ in depths and widths, and FastViT's in attention; "typical" ones have every block.
-EVERY_KIND = [*QUICK, *(golden for golden in ENDS if golden not in QUICK)]
+EVERY_KIND = [*KINDS, *(golden for golden in ENDS if golden not in KINDS)]
+FIRST = [goldens_of(family)[0] for family in FAMILIES]
 
 
 def origin(golden: Golden) -> str:
@@ -77,6 +77,20 @@ def maps(tensors: dict, golden: Golden, **options) -> tuple:
 
 
 @pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp('released')
+
+
+@pytest.fixture
+def released(folder, golden) -> Path:
+    """A released classifier, written once."""
+    path = folder / f'{golden.name}.pth'
+    if not path.exists():
+        torch.save(layout(golden), path)
+    return path
+
+
+@pytest.fixture(scope='module')
 def smallest(tmp_path_factory) -> Path:
     """The authors' m0_6 classifier."""
     path = tmp_path_factory.mktemp('smallest') / 'repvit_m0_6.pth'
@@ -105,13 +119,8 @@ def detector(smallest) -> Path:
 
 
 class TestEveryArch:
-    @pytest.mark.parametrize(
-        'golden',
-        [pytest.param(golden, id=golden.name, marks=() if golden in QUICK else pytest.mark.slow) for golden in GOLDENS],
-    )
-    def test_names_change_and_nothing_else(self, tmp_path, capsys, golden):
-        released = tmp_path / 'released.pth'
-        torch.save(layout(golden), released)
+    @pytest.mark.parametrize('golden', slow_but(FIRST, GOLDENS))
+    def test_names_change_and_nothing_else(self, tmp_path, capsys, golden, released):
         main([str(released), '--check'])
         backbone = without_heads(weights(golden))
         whose = {'timm': "timm's", 'authors': "the authors'"}[origin(golden)]
@@ -139,16 +148,9 @@ class TestEveryArch:
             if twin:  # the other owners' own list of names
                 assert {name: tuple(t.shape) for name, t in tensors.items()} == without_heads(twin.shapes)
 
-    @pytest.mark.parametrize(
-        'golden',
-        [
-            pytest.param(golden, id=golden.name, marks=() if golden in QUICK else pytest.mark.slow)
-            for golden in EVERY_KIND
-        ],
-    )
-    def test_fused_names_go_there_and_back(self, tmp_path, capsys, golden):
-        released, first = tmp_path / 'released.pth', tmp_path / 'ours.pth'
-        torch.save(layout(golden), released)
+    @pytest.mark.parametrize('golden', slow_but(FIRST, EVERY_KIND))
+    def test_fused_names_go_there_and_back(self, tmp_path, capsys, golden, released):
+        first = tmp_path / 'ours.pth'
         main([str(released), str(first), '--fuse'])
         ours = read(first)['state_dict']
         assert ours.keys() == golden.backbone(golden.arch, deploy=True).state_dict().keys()
@@ -174,12 +176,11 @@ class TestEveryArch:
         assert re.search(f'{title}, fused form', capsys.readouterr().out)
 
 
-@pytest.mark.parametrize('golden', QUICK, ids=lambda golden: golden.name)
+@pytest.mark.parametrize('golden', slow_but([SMALLEST], KINDS))
 @pytest.mark.parametrize(('suffix', 'fuse'), [('pth', False), ('safetensors', True)], ids=['training', 'fused'])
 @pytest.mark.parametrize('to', ['ours', 'authors', 'timm'])
-def test_converted_networks_compute_what_the_reference_did(tmp_path, golden, suffix, fuse, to):
-    released, out = tmp_path / 'released.pth', tmp_path / f'out.{suffix}'
-    torch.save(layout(golden), released)
+def test_converted_networks_compute_what_the_reference_did(tmp_path, golden, released, suffix, fuse, to):
+    out = tmp_path / f'out.{suffix}'
     main([str(released), str(out), '--to', to, *['--fuse'] * fuse])
     tensors = read(out) if suffix == 'pth' else safetensors.torch.load_file(out)
     entirely = fuse and (to == 'ours' or not golden.family.owners_leave)
@@ -314,9 +315,7 @@ class TestWriting:
 
     def test_no_half_file_is_left_when_the_disk_is_full(self, tmp_path, smallest):
         """A real process that may not write more than a megabyte."""
-        done = run(
-            smallest, tmp_path / 'a.pth', preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-        )
+        done = launch(tmp_path, 'convert_checkpoint.py', smallest, tmp_path / 'a.pth', first=fill_the_disk)
         assert done.returncode == 1 and 'Traceback' not in done.stderr
         assert f'{tmp_path}/a.pth cannot be written: ' in done.stderr.splitlines()[-1]
         assert list(tmp_path.iterdir()) == []
@@ -327,9 +326,8 @@ class TestWriting:
             main([str(smallest), str(tmp_path / 'file' / 'a.pth')])
 
 
-def run(*arguments, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(TOOLS / 'convert_checkpoint.py'), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
+def fill_the_disk() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 
 
 def drop(tensors: dict, name: str) -> dict:
@@ -414,7 +412,7 @@ def test_wrong_use_gets_one_line(arguments, message):
 
 @pytest.mark.slow
 def test_as_a_program(tmp_path, smallest):
-    done = run(smallest, tmp_path / 'a.pth', '--to', 'timm', '--fuse')
+    done = launch_anew(tmp_path, 'convert_checkpoint.py', smallest, tmp_path / 'a.pth', '--to', 'timm', '--fuse')
     # MMEngine 0.8 warns as it is imported.
     said = [line for line in done.stderr.splitlines() if 'pkg_resources' not in line]
     assert done.returncode == 0 and not any('Warning' in line for line in said)

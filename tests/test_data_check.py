@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import slow_but
 from mmengine.config import Config
 from PIL import Image
 
@@ -204,7 +205,7 @@ LEFT_OUT = {
 }
 
 
-@pytest.mark.parametrize('case', LEFT_OUT)
+@pytest.mark.parametrize('case', slow_but(['no width', 'another image'], LEFT_OUT))
 def test_what_mmdetection_leaves_out_is_a_warning(tmp_path, case):
     """And it does leave it out."""
     from mmengine.registry import DATASETS, init_default_scope

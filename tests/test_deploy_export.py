@@ -10,12 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import slow_but
 from small_models import ROOT, small_config, small_model
 from test_deploy_graph import images
 
 from repvit_mm._versions import FRAMEWORKS
 from repvit_mm.deploy import coreml
-from repvit_mm.deploy.export import EXPORTERS, Exportable, Options, build_graph, check_options, export, trials
+from repvit_mm.deploy.export import (
+    EXPORTERS,
+    Exportable,
+    Options,
+    build_graph,
+    check_options,
+    export,
+    trials,
+    write_file,
+)
 from repvit_mm.deploy.graph import ExportError
 from repvit_mm.deploy.load import describe, fuse_model, input_size, resizing
 from repvit_mm.deploy.metadata import KEY, FileInfo
@@ -62,7 +72,7 @@ def test_segmentor_in_onnx(tmp_path):
     assert Counter(node.op_type for node in graph.node)['BatchNormalization'] == 0
 
 
-@pytest.mark.parametrize('target', ['onnx', 'torchscript'])
+@pytest.mark.parametrize('target', slow_but(['onnx'], ['onnx', 'torchscript']))
 def test_logits_of_any_size(target, tmp_path):
     """Sides that are no multiples of what the network halves its images to, larger and smaller than the traced one."""
     model, path, _ = make(target, 'semantic_fpn', tmp_path, dynamic=True, logits=True)
@@ -89,7 +99,7 @@ def test_file_says_what_it_is(tmp_path):
     assert json.loads(stored[KEY])['task'] == 'segmentation'
 
 
-@pytest.mark.parametrize('name', ['retinanet', 'rtmdet'])
+@pytest.mark.parametrize('name', slow_but(['retinanet'], ['retinanet', 'rtmdet']))
 def test_detector_in_onnx_takes_any_size(name, tmp_path):
     model, path, _ = make('onnx', name, tmp_path, dynamic=True)
     # RTMDet takes multiples of 32 only.
@@ -100,6 +110,7 @@ def test_detector_in_onnx_takes_any_size(name, tmp_path):
     assert info.sizes == () and info.batch is None
 
 
+@pytest.mark.slow
 def test_anchors_of_one_size_are_constants(tmp_path):
     _, path, _ = make('onnx', 'retinanet', tmp_path)
     operators = Counter(node.op_type for node in onnx.load(path).graph.node)
@@ -107,6 +118,7 @@ def test_anchors_of_one_size_are_constants(tmp_path):
     assert not operators['Range'] and not operators['Tile']
 
 
+@pytest.mark.slow
 def test_no_detection_then_many_in_one_session(tmp_path):
     model, path, _ = make('onnx', 'retinanet', tmp_path, dynamic=True)
     runtime = open_file(path)
@@ -136,15 +148,19 @@ def test_targets(target, name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('target', [target for target in RUNNING if EXPORTERS[target].half in ('graph', 'file')])
 def test_half_precision(target, tmp_path):
-    sizes = {}
-    for half in (False, True):
-        model, path, _ = make(target, 'semantic_fpn', tmp_path / str(half), half=half)
+    model, half, _ = make(target, 'semantic_fpn', tmp_path, half=True)
+    options = Options(sizes=(SIZE,))
+    exportable = Exportable.prepare(model, small_config('semantic_fpn'), None, target, options)
+    whole = tmp_path / f'whole{half.suffix}'
+    write_file(exportable.graph, exportable.info, target, whole, options)
+    sizes = []
+    for path, precision in ((whole, 'float32'), (half, 'float16')):
+        assert open_file(path).info.precision == precision
         # OpenVINO keeps its weights beside the .xml file, in which each of them then needs a conversion.
-        files = [file for file in path.parent.glob(f'{path.stem}.*') if file.suffix != '.xml']
-        sizes[half] = sum(file.stat().st_size for file in files)
-        assert open_file(path).info.precision == ('float16' if half else 'float32')
+        files = [file for file in tmp_path.glob(f'{path.stem}.*') if file.suffix != '.xml']
+        sizes.append(sum(file.stat().st_size for file in files))
     weights = sum(parameter.numel() for parameter in model.parameters())
-    assert sizes[False] - sizes[True] > 1.6 * weights  # of 2 bytes each
+    assert sizes[0] - sizes[1] > 1.6 * weights  # of 2 bytes each
 
 
 @pytest.mark.slow
@@ -194,6 +210,7 @@ def test_coreml_detector_and_several_sizes(tmp_path):
     assert {(size.height, size.width) for size in taken} == set(sizes)
 
 
+@pytest.mark.slow
 def test_coreml_normalization_is_split_exactly(tmp_path, monkeypatch):
     """What Core ML does to the image before the program, and the program, are the graph."""
     pytest.importorskip('coremltools')
@@ -240,7 +257,7 @@ def spoil(monkeypatch, target: str) -> None:
     monkeypatch.setitem(EXPORTERS, target, replace(exporter, write=write))
 
 
-@pytest.mark.parametrize('name', ['retinanet', 'semantic_fpn'])
+@pytest.mark.parametrize('name', slow_but(['semantic_fpn'], ['retinanet', 'semantic_fpn']))
 def test_another_network_leaves_no_file(name, tmp_path, monkeypatch):
     """The twin of every comparison above."""
     spoil(monkeypatch, 'onnx')
@@ -249,6 +266,7 @@ def test_another_network_leaves_no_file(name, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_file_that_forgets_what_it_is_is_refused(tmp_path, monkeypatch):
     exporter = EXPORTERS['onnx']
 
@@ -278,6 +296,7 @@ def test_failing_exporter_is_reported_in_one_line(tmp_path, monkeypatch):
         make('onnx', 'semantic_fpn', tmp_path)
 
 
+@pytest.mark.slow
 def test_missing_libraries_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(EXPORTERS, 'onnx', replace(EXPORTERS['onnx'], libraries=('no_such', 'torch', 'nor_this')))
     with pytest.raises(ExportError, match='onnx needs the package no_such and nor_this: pip install no_such nor_this'):
@@ -360,12 +379,16 @@ def test_tool(checkpoint, capsys):
     ('arguments', 'reason'),
     [
         (['--to', 'onnx', '--out', 'a.txt'], r'ends in \.onnx'),
-        (['--to', 'executorch', '--dynamic'], 'fixed size'),
+        pytest.param(['--to', 'executorch', '--dynamic'], 'fixed size', marks=pytest.mark.slow),
         (
             ['--to', 'onnx', '--cfg-options', 'model.decode_head.channels=16'],
             'is not of this config: .* of another shape: 36',
         ),
-        (['--to', 'onnx', '--cfg-options', 'model.decode_head.type=Nothing'], 'the model cannot be built'),
+        pytest.param(
+            ['--to', 'onnx', '--cfg-options', 'model.decode_head.type=Nothing'],
+            'the model cannot be built',
+            marks=pytest.mark.slow,
+        ),
         (['--to', 'onnx', '--cfg-options', 'model.test_cfg.mode=slide'], 'slides over the image'),
     ],
 )
@@ -381,7 +404,7 @@ def test_tool_refuses_a_checkpoint_that_is_not_there(checkpoint):
         tool.main([checkpoint[0], 'smal.pth', '--to', 'onnx'])
 
 
-@pytest.mark.parametrize('shape', [['64'], ['16', '64'], ['64', '64', '32']])
+@pytest.mark.parametrize('shape', slow_but([['16', '64']], [['64'], ['16', '64'], ['64', '64', '32']]))
 def test_tool_refuses_other_shapes(checkpoint, shape, capsys):
     with pytest.raises(SystemExit) as error:
         tool.main([*checkpoint, '--to', 'onnx', '--shape', *shape])

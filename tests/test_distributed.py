@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import relative_error
 from mmengine.config import Config
-from programs import PROCESSES, be_quick
+from programs import PROCESSES, be_quick, variables
 from small_models import RETINANET, ROOT, like_trained
 from test_resume import free_port
 from torch.multiprocessing import start_processes
@@ -26,7 +26,7 @@ _launch = importlib.import_module('_launch')
 
 pytestmark = pytest.mark.needs_ops
 
-UPDATES = 20
+UPDATES = 8
 BACKBONE = dict(_delete_=True, type='RepViT', arch='m0_6', norm_eval=True)
 SETTINGS = dict(
     train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=UPDATES),
@@ -126,7 +126,7 @@ def learned(folder: Path, name: str, parameters: Sequence[str]) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', MODELS)
 def test_two_processes_are_one_that_averages_gradients(tmp_path, kind):
-    """The weights after twenty steps, and the metrics of five images: one process gets two of them, the other three.
+    """The weights after eight steps, and the metrics of five images: one process gets two of them, the other three.
 
     Of BatchNorm with live statistics, in the segmentor's head, either process has those of its own half.
     """
@@ -184,13 +184,8 @@ def test_process_that_is_lost_ends_the_other(tmp_path, case):
         "custom_imports = dict(imports=['repvit_mm', 'trouble'])\n"
         "custom_hooks = [dict(type='Trouble')]\n"
     )
-    environment = {
-        **os.environ,
-        'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
-        'PYTHONPATH': os.pathsep.join(filter(None, (str(tmp_path), os.environ.get('PYTHONPATH')))),
-        'OMP_NUM_THREADS': '1',
-        'PORT': str(free_port()),
-    }
+    path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    environment = variables(tmp_path, PATH=path, PORT=str(free_port()))
     command = [ROOT / 'tools/dist_train.sh', 'config.py', '2', '--work-dir', 'lost', *options]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1

@@ -1,14 +1,17 @@
 """An exported file in the place of a config's network: the config's own data set and metric judge it."""
 
+import copy
 import importlib.util
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from files import red_detector, strongest_channel
+from helpers import slow_but
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import DefaultScope
@@ -69,9 +72,12 @@ def data(tmp_path_factory):
     return root
 
 
+read_config = cache(Config.fromfile)
+
+
 def config(path: Path, data: Path, work_dir: Path) -> Config:
     """A shapes config that tests on the images above."""
-    cfg = Config.fromfile(path)
+    cfg = copy.deepcopy(read_config(path))
     dataset = cfg.test_dataloader.dataset
     dataset.data_root = str(data)
     if path is DETECTION:
@@ -102,10 +108,10 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize('fields', SIZES.values(), ids=SIZES)
-def test_perfect_detector_gets_the_full_score(data, tmp_path, fields):
+@pytest.mark.parametrize('size', slow_but(['any size', 'padded'], SIZES))
+def test_perfect_detector_gets_the_full_score(data, tmp_path, size):
     """Boxes and masks are judged in the pixels of the original images, however these reach the file."""
-    path = red_detector(tmp_path / 'red.onnx', masks=True, scale=(160, 160), keep_ratio=True, **fields)
+    path = red_detector(tmp_path / 'red.onnx', masks=True, scale=(160, 160), keep_ratio=True, **SIZES[size])
     metrics = evaluate(config(DETECTION, data, tmp_path), path)
     assert metrics['coco/bbox_mAP'] == metrics['coco/segm_mAP'] == 1
 
@@ -118,12 +124,12 @@ def test_wrong_detector_does_not(data, tmp_path):
     assert evaluate(cfg, path)['coco/bbox_mAP'] < 0.9
 
 
-@pytest.mark.parametrize('logits', [False, True], ids=['labels', 'logits'])
-@pytest.mark.parametrize('fields', [SIZES[name] for name in ('any size', 'padded', 'halved')], ids=str)
-def test_perfect_segmentor_gets_the_full_score(data, tmp_path, logits, fields):
-    path = strongest_channel(tmp_path / 'rgb.onnx', logits, scale=(160, 160), keep_ratio=True, **fields)
+@pytest.mark.parametrize('logits', [False, pytest.param(True, marks=pytest.mark.slow)], ids=['labels', 'logits'])
+@pytest.mark.parametrize('size', slow_but(['any size'], ['any size', 'padded', 'halved']))
+def test_perfect_segmentor_gets_the_full_score(data, tmp_path, logits, size):
+    path = strongest_channel(tmp_path / 'rgb.onnx', logits, scale=(160, 160), keep_ratio=True, **SIZES[size])
     cfg = config(SEGMENTATION, data, tmp_path)
-    if not fields:
+    if size == 'any size':
         del cfg.test_dataloader.dataset.pipeline[2]  # stretched to multiples of 32, edges would lie between pixels
     assert evaluate(cfg, path)['mIoU'] == 100
 
@@ -168,6 +174,7 @@ def test_every_data_set_of_several_is_fitted(data, tmp_path):
         assert 'FitToFile' in [step.type for step in dataset.pipeline]
 
 
+@pytest.mark.slow
 def test_hooks_that_need_the_network_are_left_out(data, tmp_path):
     """An EMA hook would copy the runtime."""
     cfg = config(DETECTION, data, tmp_path)

@@ -9,8 +9,8 @@ from small_models import like_trained, small_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from repvit_mm import fold
 from repvit_mm.backbone import ReparamBackbone
-from repvit_mm.deploy import fold
 from repvit_mm.fold import fold_conv_norms
 from repvit_mm.reparam import reparam_blocks
 

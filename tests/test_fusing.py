@@ -277,8 +277,8 @@ def test_frozen_networks(checkpoints, tmp_path, options):
         (dict(), 1e-5),
         (dict(memory_format=torch.channels_last), 1e-5),
         (dict(dtype=torch.bfloat16), 5e-2),
-        (dict(dtype=torch.float16), 5e-3),
-        (dict(dtype=torch.bfloat16, memory_format=torch.channels_last), 5e-2),
+        pytest.param(dict(dtype=torch.float16), 5e-3, marks=pytest.mark.slow),
+        pytest.param(dict(dtype=torch.bfloat16, memory_format=torch.channels_last), 5e-2, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -6,17 +6,19 @@ import re
 import uuid
 from collections.abc import Callable, Sequence
 from functools import partialmethod
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import SMALL, randomize
+from helpers import SMALL, randomize, slow_but
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from mmengine.visualization import Visualizer
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -70,15 +72,18 @@ class Watch(Hook):
         self.blocks['test'].append(len(reparam_blocks(runner.model)))
 
 
-@pytest.fixture(params=SMALL)
+@pytest.fixture(params=slow_but(['repvit', 'fastvit'], SMALL))
 def net(request: pytest.FixtureRequest) -> Net:
     cls, arch = SMALL[request.param]
     return randomize(Net(cls(arch)))
 
 
 @pytest.fixture
-def make_runner(tmp_path) -> Callable[..., Runner]:
+def make_runner(tmp_path, monkeypatch) -> Callable[..., Runner]:
     """Makes a runner that can train, validate and test on four small images."""
+    # Matplotlib's figures, on which nothing is drawn, take longer than all else of a runner.
+    figure = MagicMock()
+    monkeypatch.setattr(Visualizer, '_initialize_fig', lambda *_: (figure,) * 3)
 
     def make_runner(model: nn.Module, *hooks: dict | Hook, **options) -> Runner:
         generator = torch.Generator().manual_seed(0)
@@ -294,6 +299,7 @@ def test_hook_resolves_from_every_scope():
 class TestAveraged:
     """EMAHook tests with an averaged copy of the weights that it exchanges with the model's, one by one in order."""
 
+    @pytest.mark.parametrize('net', slow_but(['repvit'], SMALL), indirect=True)
     @pytest.mark.parametrize('update_buffers', [False, True])
     def test_trained_average(self, net, make_runner, tmp_path, update_buffers):
         ema = dict(type='EMAHook', momentum=0.2, update_buffers=update_buffers)
@@ -330,6 +336,7 @@ class TestAveraged:
             parameter.data.mul_(torch.empty_like(parameter).uniform_(0.8, 1.2))
         return other
 
+    @pytest.mark.parametrize('net', slow_but(['repvit'], SMALL), indirect=True)
     @pytest.mark.parametrize('fuse', [[FUSE], []], ids=['fused', 'unfused'])
     def test_average_is_exchanged_tensor_by_tensor(self, net, other, make_runner, fuse):
         """Under the kernels, too, that the unfused network keeps between passes."""

@@ -82,6 +82,7 @@ def colours(path: Path) -> set[tuple[int, ...]]:
         return {tuple(colour) for colour in np.unique(np.asarray(picture.convert('RGB')).reshape(-1, 3), axis=0)}
 
 
+@pytest.mark.slow
 def test_each_run_has_its_colour_and_metrics_can_be_chosen(tmp_path):
     first = write(tmp_path / 'first', '1', step(10, 9.0), step(20, 5.0), {'mIoU': 1.0, 'aAcc': 2.0, 'step': 20})
     second = write(tmp_path / 'second', '1', step(10, 8.0), step(20, 1e-4))

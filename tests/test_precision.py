@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, randomize, relative_error
+from helpers import SMALL, randomize, relative_error, slow_but
 from torch import Tensor, nn
 
 import repvit_mm.precision
@@ -117,8 +117,10 @@ def test_which_device_computes_in_what(monkeypatch):
 
 
 @pytest.mark.needs_ops
-@pytest.mark.parametrize('fused', [False, True], ids=['unfused', 'fused'])
-@pytest.mark.parametrize('name', ['semantic_fpn', 'retinanet', 'mask_rcnn', 'cascade_mask_rcnn'])
+@pytest.mark.parametrize('fused', [pytest.param(False, marks=pytest.mark.slow), True], ids=['unfused', 'fused'])
+@pytest.mark.parametrize(
+    'name', slow_but(['semantic_fpn', 'retinanet'], ['semantic_fpn', 'retinanet', 'mask_rcnn', 'cascade_mask_rcnn'])
+)
 def test_whole_models_predict_about_the_same(name, fused):
     from small_models import small_config, small_model
 

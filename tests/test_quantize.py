@@ -117,6 +117,7 @@ class TestOnnx:
             quantize_file(tmp_path / 'model.pt', tmp_path / 'int8.pt', calibration())
 
 
+@pytest.mark.slow
 class TestSensitivity:
     def test_a_channel_out_of_all_proportion_stays_in_float(self, onnx_file, tmp_path):
         """One that nothing takes notice of changes no float map, but leaves the others few of the 256 values."""
@@ -146,6 +147,7 @@ class TestSensitivity:
         assert all(0 <= error < 0.5 for error in found.alone.values()) and max(found.alone.values()) > 0
 
 
+@pytest.mark.slow
 def test_openvino_is_near_float_and_keeps_chosen_layers(network, tmp_path):
     openvino = pytest.importorskip('openvino')
     pytest.importorskip('nncf')
@@ -165,6 +167,7 @@ def test_openvino_is_near_float_and_keeps_chosen_layers(network, tmp_path):
             assert scale.get_shape()[0] > 1 or op.get_output_shape(0)[1] == 1, 'one scale for all channels'
 
 
+@pytest.mark.slow
 def test_openvino_computes_in_bfloat16_where_the_processor_does(tmp_path):
     openvino = pytest.importorskip('openvino')
     from repvit_mm.deploy.int8 import _tell_bfloat16

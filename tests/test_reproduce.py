@@ -11,7 +11,7 @@ import torch
 import yaml
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from programs import TOOLS, launch
+from programs import TOOLS, launch, variables
 
 from repvit_mm.datasets.shapes import write_shapes
 
@@ -215,7 +215,7 @@ def test_from_end_to_end(tmp_path):
         'segmentor': {'mIoU': mean_iou},
     }
     index = write_index(tmp_path, figures, {**CONFIGS, 'absent': CONFIGS['detector']})
-    done = launch(tmp_path, 'reproduce.py', '--index', index, '--folder', '.', COLUMNS='200')
+    done = launch(tmp_path, 'reproduce.py', '--index', index, '--folder', '.', **variables(COLUMNS='200'))
     assert done.returncode == 1 and 'Traceback' not in done.stdout + done.stderr
     rows = [row(line) for line in done.stdout.splitlines() if line.startswith('│')]
     assert [(*cells[:2], *cells[4:]) for cells in rows] == [

@@ -432,7 +432,11 @@ WITHIN_EPOCHS = [('type', 'ResumableEpochBasedTrainLoop')]
 
 
 @pytest.mark.parametrize('loop', LAST)
-@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT], ids=lambda signum: signum.name)
+@pytest.mark.parametrize(
+    'signum',
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    ids=lambda signum: signum.name,
+)
 @pytest.mark.parametrize(
     ('iteration', 'stage', 'start'),
     [(0, 'train', 1), (2, 'train', 3), (4, 'train', 5), (6, 'val', 6)],
@@ -845,7 +849,7 @@ def test_killed_training_of_a_real_model(tmp_path, config):
     The detector trains in mixed precision if the processor does.
     """
     precision = ['--amp'] if config is DETECTION and multiplies_bfloat16() else []
-    write_shapes(tmp_path / 'data/shapes', train=8, val=1, size=64, seed=0)
+    write_shapes(tmp_path / 'data/shapes', train=4, val=1, size=64, seed=0)
     (tmp_path / 'killer.py').write_text(KILLER)
     lines = [
         f"_base_ = '{config}'",
@@ -854,7 +858,7 @@ def test_killed_training_of_a_real_model(tmp_path, config):
         'default_hooks = dict(checkpoint=checkpoint)',
         "custom_hooks = [dict(type='Killer'), dict(type='EMAHook')]",
         'model = dict(backbone=dict(drop_path_rate=0.2))',
-        'train_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False)',
+        'train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)',
         'val_dataloader = dict(num_workers=0, persistent_workers=False)',
     ]
     (tmp_path / 'config.py').write_text('\n'.join(lines))

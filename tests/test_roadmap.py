@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GOLDENS, image, largest_error, normalize, randomize, relative_error
+from helpers import GOLDENS, image, largest_error, normalize, randomize, relative_error, slow_but
 from mmengine.registry import MODELS
 from PIL import Image
 from torch import Tensor, nn
@@ -153,7 +153,7 @@ class TestSteps:
         assert count_parameters(described('mobilenetv3')) == 5_483_032
         assert macs(RepViTRoadmapClassifier('mobilenetv3'), 224) == pytest.approx(219e6, rel=0.02)
 
-    @pytest.mark.parametrize('name', STEPS)
+    @pytest.mark.parametrize('name', slow_but(['mobilenetv3', 'se'], STEPS))
     def test_parameters_and_multiply_accumulates_by_hand(self, name):
         layers = layers_by_hand(name, 64)
         network = switch_to_deploy(RepViTRoadmapClassifier(name).eval())
@@ -176,7 +176,7 @@ class TestSteps:
         ]
         assert found[0] == found[1]
 
-    @pytest.mark.parametrize('tap', ['stage_end', 'pre_downsample'])
+    @pytest.mark.parametrize('tap', slow_but(['stage_end'], ['stage_end', 'pre_downsample']))
     def test_last_is_repvit_m1(self, tap):
         ours, m1 = RepViTRoadmap('se', tap=tap), RepViT('m1', tap=tap)
         x = torch.randn(2, 3, 64, 96)
@@ -199,7 +199,7 @@ class TestSteps:
 
 
 class TestNetworks:
-    @pytest.mark.parametrize('name', ROADMAP)
+    @pytest.mark.parametrize('name', slow_but(['mobilenetv3', 'downsampling'], ROADMAP))
     def test_registry_builds_what_folds_and_takes_any_size(self, name):
         network = MODELS.build(dict(type='RepViTRoadmapClassifier', step=name, num_classes=7))
         backbone = MODELS.build(dict(type='RepViTRoadmap', step=name)).eval()
@@ -424,6 +424,7 @@ class TestBlocks:
 
 
 class TestTool:
+    @pytest.mark.slow
     def test_measures_and_draws(self, tmp_path, capsys, monkeypatch):
         steps = {name: STEPS[name] for name in ('mobilenetv3', 'expansion', 'classifier')}
         ablations = {'shallow_downsampling': ABLATIONS['shallow_downsampling']}

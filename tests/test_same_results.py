@@ -1,6 +1,7 @@
 """PyTorch and the exported file see the same: prediction by prediction, picture by picture, and in the table."""
 
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -45,13 +46,14 @@ def trained(request, tmp_path_factory):
     return config(request.param), str(folder / 'model.pth')
 
 
-def exported(trained, folder, **options):
-    """A file of that checkpoint."""
+def exported(trained, **options):
+    """A file of that checkpoint, beside it; two tests ask for the same one."""
     cfg, checkpoint = trained
-    model = fuse_model(load_model(cfg, checkpoint))
     chosen = Options(**{'sizes': ((128, 192),), **options})
-    path = folder / 'model.onnx'
-    export(Exportable.prepare(model, cfg, checkpoint, 'onnx', chosen), path, rounds=0)
+    path = Path(checkpoint).with_name(f'{hash(chosen)}.onnx')
+    if not path.exists():
+        model = fuse_model(load_model(cfg, checkpoint))
+        export(Exportable.prepare(model, cfg, checkpoint, 'onnx', chosen), path, rounds=0)
     return path
 
 
@@ -82,11 +84,11 @@ def assert_same(found, expected) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('fixed', [False, True], ids=['any size', 'fixed size'])
-def test_file_shows_what_pytorch_shows(trained, tmp_path, fixed):
+def test_file_shows_what_pytorch_shows(trained, fixed):
     size = (192, 192) if 'Pad' in str(trained[0].test_dataloader.dataset.pipeline) else (128, 192)
     # Labels, unlike logits, cannot be interpolated: where an image was resized, they differ along edges.
     logits = trained[0].default_scope == 'mmseg'
-    path = exported(trained, tmp_path, logits=logits, **({'sizes': (size,)} if fixed else {'dynamic': True}))
+    path = exported(trained, logits=logits, **({'sizes': (size,)} if fixed else {'dynamic': True}))
     ours, theirs = FilePredictor(path, threads=1), ModelPredictor(*trained, device='cpu')
     assert (ours.task, tuple(ours.classes)) == (theirs.task, tuple(theirs.classes))
     assert [tuple(color) for color in ours.palette] == [tuple(color) for color in theirs.palette]
@@ -117,7 +119,7 @@ def test_table_is_the_same(trained, tmp_path):
     cfg, checkpoint = trained
     cfg = cfg.copy()
     write_shapes(tmp_path / 'shapes', train=1, val=6, size=96, seed=0)
-    path = exported(trained, tmp_path, dynamic=True)
+    path = exported(trained, dynamic=True)
     dataset = cfg.test_dataloader.dataset
     cfg.test_dataloader.update(num_workers=0, persistent_workers=False, batch_size=2)
     cfg.update(work_dir=str(tmp_path / 'work'), log_level='ERROR', load_from=checkpoint)

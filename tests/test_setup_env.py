@@ -511,7 +511,15 @@ def test_build_says_from_time_to_time_how_far_it_is(setup_env, environment, fake
     assert capsys.readouterr().out == said
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    'number',
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+    ],
+    ids=lambda number: number.name,
+)
 def test_interrupted_build_does_not_go_on(environment, fake_python, packages, checkout, tmp_path, number):
     """The program is stopped while pip, and a compiler that pip started, are at work."""
     started = tmp_path / 'started'

@@ -226,6 +226,7 @@ def test_tool_makes_the_data_set_and_then_leaves_it(written: Path, main, tmp_pat
     assert [path.name for path in out.parent.iterdir()] == ['shapes']
 
 
+@pytest.mark.slow
 def test_tool_runs_as_a_program(tmp_path: Path):
     command = [sys.executable, str(TOOL), '--train', '1', '--val', '1', '--size', '64']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

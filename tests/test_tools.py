@@ -66,11 +66,14 @@ def scalars(work_dir):
 
 @pytest.fixture(scope='module')
 def trained(folder):
-    """Checkpoints of one short training run of each task, whose tool imports for itself what it needs."""
+    """Checkpoints of one short training run of each task.
+
+    The segmentor's tool imports for itself what it needs; the detector's does so in ``test_distributed_launchers``.
+    """
     checkpoints = {}
     for config, options in SHORT.items():
         arguments = [config, '--seed', 1, '--work-dir', config.stem, '--cfg-options', *options]
-        succeed(folder, 'train.py', *arguments, launch=launch_anew)
+        succeed(folder, 'train.py', *arguments, launch=launch_anew if config is SEGMENTATION else launch)
         checkpoints[config] = Path((folder / config.stem / 'last_checkpoint').read_text())
         assert checkpoints[config].is_file()
     return checkpoints
@@ -480,6 +483,6 @@ class TestMixedPrecision:
 
 
 def test_usage_errors_are_argparse_s(tmp_path):
-    done = launch_anew(tmp_path, 'train.py')
+    done = launch(tmp_path, 'train.py')
     assert done.returncode == 2
     assert 'usage: train.py' in done.stderr and 'Traceback' not in done.stderr

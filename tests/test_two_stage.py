@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from helpers import slow_but
 from mmengine.config import Config
 from small_models import ROOT, TWO_STAGES, like_trained, small_config
 from torch import Tensor, nn
@@ -360,7 +361,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize('case', REFUSED)
+@pytest.mark.parametrize('case', slow_but(['classes', 'soft_nms'], REFUSED))
 def test_what_is_not_known_is_refused(case: str) -> None:
     kind, settings, message = REFUSED[case]
     model = build_model(config(kind, **settings))

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import slow_but
 
 import repvit_mm
 from repvit_mm._versions import FRAMEWORKS, _release, check_frameworks, missing_frameworks
@@ -168,7 +169,9 @@ from repvit_mm import RepViT
 """
 
 
-@pytest.mark.parametrize('missing', [['torch'], ['mmengine'], ['torch', 'torchvision', 'mmengine', 'mmcv']], ids=str)
+@pytest.mark.parametrize(
+    'missing', slow_but([['torch']], [['torch'], ['mmengine'], ['torch', 'torchvision', 'mmengine', 'mmcv']])
+)
 def test_package_without_frameworks_says_what_is_missing(missing):
     """It is imported, and what exported files need with it; only what needs a framework asks for it, in one line."""
     code = WITHOUT.format(missing)
