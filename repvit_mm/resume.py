@@ -19,6 +19,7 @@ from mmengine.logging import print_log
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS, LOOPS
 from mmengine.runner import IterBasedTrainLoop, Runner
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from .compat.openmmlab import (
@@ -149,6 +150,8 @@ class ResumableCheckpointHook(SavingBeforeRemovingHook):
         wrapper = runner.optim_wrapper
         for part in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]:
             optimizer = part.optimizer
+            if not isinstance(optimizer, Optimizer):  # DeepSpeed's and the like check for themselves
+                continue
             if missing := sorted(optimizer.defaults.keys() - optimizer.param_groups[0].keys()):
                 raise OptimizerError(
                     f'the checkpoint is of a run with another optimizer: it has no {", ".join(missing)} for '

@@ -24,6 +24,7 @@ from mmengine.fileio import BaseStorageBackend, register_backend
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 from programs import PROCESSES, be_quick, launch
@@ -748,8 +749,14 @@ def test_other_stores_are_written_as_mmengine_does(tmp_path, args, expected):
 def test_states_are_restored_in_a_run_that_goes_on(tmp_path, caplog, iteration, states, restored, warned):
     hook = ResumableCheckpointHook()
     hub = MessageHub.get_instance('goes_on')
+    wrapper = OptimWrapper(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
     runner = SimpleNamespace(
-        work_dir=str(tmp_path), logger=logging.getLogger(), message_hub=hub, train_loop=None, iter=iteration
+        work_dir=str(tmp_path),
+        logger=logging.getLogger(),
+        message_hub=hub,
+        train_loop=None,
+        optim_wrapper=wrapper,
+        iter=iteration,
     )
     torch.manual_seed(1)
     checkpoint = {'random_state': [random_state()] * states} if states else {}
