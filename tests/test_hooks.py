@@ -238,6 +238,7 @@ def compiled_graphs(monkeypatch) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('net', ['repvit', 'fastvit'], indirect=True)
 @pytest.mark.parametrize(
     ('hooks', 'tolerance'),
     [([COMPILE], 1e-4), ([FUSE, COMPILE], 1e-4), ([COMPILE, HALF, FUSE], 0.05)],
