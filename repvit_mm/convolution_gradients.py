@@ -5,7 +5,9 @@ kernel fast only if that is at most three taps wide: that of 7x7 takes ten times
 in bfloat16 it has no fast gradient of a map that a strided grouped convolution reads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,19 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Of a convolution's map, kernel and bias."""
 
 
+_AROUND_GAPS = ContextVar('around_gaps', default=True)
+
+
+@contextmanager
+def in_one_operation() -> Iterator[None]:
+    """Within the context all gradients of a convolution are computed in one operation, as on a GPU."""
+    token = _AROUND_GAPS.set(False)
+    try:
+        yield
+    finally:
+        _AROUND_GAPS.reset(token)
+
+
 def sums_by_columns(x: Tensor, weight: Tensor, options: ConvOptions) -> bool:
     """Whether :func:`conv_gradients` computes the gradient of a kernel in parts.
 
@@ -29,8 +44,8 @@ def sums_by_columns(x: Tensor, weight: Tensor, options: ConvOptions) -> bool:
         options: Of the convolution.
     """
     stride, _, dilation, groups = options
-    is_depthwise = groups == x.shape[1] == len(weight)
-    return x.device.type == 'cpu' and is_depthwise and weight.shape[-1] > WIDTH and stride == dilation == 1
+    is_wide = groups == x.shape[1] == len(weight) and weight.shape[-1] > WIDTH
+    return is_wide and stride == dilation == 1 and _has_gaps(x)
 
 
 def conv_gradients(grad: Tensor, x: Tensor, weight: Tensor, options: ConvOptions, needed: Sequence[bool]) -> Gradients:
@@ -44,7 +59,7 @@ def conv_gradients(grad: Tensor, x: Tensor, weight: Tensor, options: ConvOptions
         needed: Which of the three.
     """
     stride, _, _, groups = options
-    if groups > 1 and stride > 1 and x.device.type == 'cpu' and x.dtype is torch.bfloat16:
+    if groups > 1 and stride > 1 and x.dtype is torch.bfloat16 and _has_gaps(x):
         of_map, *others = conv_backward(grad.float(), x.float(), weight.float(), options, needed)
         return of_map if of_map is None else of_map.to(x.dtype), *others
     if needed[1] and sums_by_columns(x, weight, options):
@@ -52,6 +67,11 @@ def conv_gradients(grad: Tensor, x: Tensor, weight: Tensor, options: ConvOptions
         of_bias = grad.sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32)) if needed[2] else None
         return of_map, _depthwise_kernel_gradient(grad, x, weight, options), of_bias
     return conv_backward(grad, x, weight, options, needed)
+
+
+def _has_gaps(x: Tensor) -> bool:
+    """Whether oneDNN computes with a map."""
+    return x.device.type == 'cpu' and _AROUND_GAPS.get()
 
 
 def _depthwise_kernel_gradient(grad: Tensor, x: Tensor, weight: Tensor, options: ConvOptions) -> Tensor:

@@ -66,19 +66,22 @@ class RepMixer(ReparamBlock):
         if training_dtype(x) is None or not self.runs_folded():
             return super().forward(x)
         shared = self._shared
-        kernel = self.residual_kernel() if shared is None else subtract_kernel(shared, identity_kernel(shared))
+        if shared is None:
+            kernel, _ = self.residual_and_identity()
+        else:
+            kernel = subtract_kernel(shared, identity_kernel(shared))
         options = self.stride, self.padding, self.dilation, self.groups
         return convolve(x, *kernel, *options, recomputes=self.recomputes, residual=True)
 
-    def residual_kernel(self) -> Kernel:
-        """What is added to the map."""
+    def residual_and_identity(self) -> tuple[Kernel, Kernel]:
+        """The kernel of what is added to the map, and that of the map itself."""
         mixer = self.mixer.equivalent_kernel()
-        difference = subtract_kernel(mixer, fold_norm(identity_kernel(mixer), self.norm))
-        return scale_kernel(difference, self.layer_scale[..., 0, 0])
+        identity = identity_kernel(mixer)
+        difference = subtract_kernel(mixer, fold_norm(identity, self.norm))
+        return scale_kernel(difference, self.layer_scale[..., 0, 0]), identity
 
     def equivalent_kernel(self) -> Kernel:
-        residual = self.residual_kernel()
-        return add_kernels(residual, identity_kernel(residual))
+        return add_kernels(*self.residual_and_identity())
 
 
 class Attention(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import repvit_mm.convolution_gradients
 from repvit_mm.compat.pytorch import ConvOptions
-from repvit_mm.convolution_gradients import conv_gradients, sums_by_columns
+from repvit_mm.convolution_gradients import conv_gradients, in_one_operation, sums_by_columns
 
 CASES = {
     '7x7 depthwise': ((6, 1, 7, 7), (1, 3, 1, 6)),
@@ -68,6 +68,10 @@ def test_what_is_slow_is_not_asked_of_onednn(monkeypatch):
     conv_gradients(x, x, torch.randn(6, 1, 7, 7, dtype=x.dtype), (1, 3, 1, 6), needed)
     kernels = [width for width, _, _, (_, of_kernel, of_bias) in asked if of_kernel or of_bias]
     assert kernels == [3, 3, 1] and len(asked) == 4
+    asked.clear()
+    with in_one_operation():
+        conv_gradients(x, x, torch.randn(6, 1, 7, 7, dtype=x.dtype), (1, 3, 1, 6), needed)
+    assert asked == [(7, x.dtype, 1, needed)]
     asked.clear()
     conv_gradients(x[..., ::2, ::2], x, torch.randn(6, 1, 3, 3, dtype=x.dtype), (2, 1, 1, 6), needed)
     assert asked == [(3, torch.float32, 2, needed)]
