@@ -21,7 +21,6 @@ WIDTH = 3
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Of a convolution's map, kernel and bias."""
 
-
 _AROUND_GAPS = ContextVar('around_gaps', default=True)
 
 
@@ -71,7 +70,7 @@ def conv_gradients(grad: Tensor, x: Tensor, weight: Tensor, options: ConvOptions
 
 def _has_gaps(x: Tensor) -> bool:
     """Whether oneDNN computes with a map."""
-    return x.device.type == 'cpu' and _AROUND_GAPS.get()
+    return x.device.type == 'cpu' and torch.backends.mkldnn.is_available() and _AROUND_GAPS.get()
 
 
 def _depthwise_kernel_gradient(grad: Tensor, x: Tensor, weight: Tensor, options: ConvOptions) -> Tensor:

@@ -12,6 +12,8 @@ import repvit_mm.convolution_gradients
 from repvit_mm.compat.pytorch import ConvOptions
 from repvit_mm.convolution_gradients import conv_gradients, in_one_operation, sums_by_columns
 
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='this torch has no oneDNN')
+
 CASES = {
     '7x7 depthwise': ((6, 1, 7, 7), (1, 3, 1, 6)),
     '5x5 depthwise, less padding': ((6, 1, 5, 5), (1, 1, 1, 6)),
