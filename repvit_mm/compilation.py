@@ -7,6 +7,8 @@ import shutil
 import torch
 from torch import nn
 
+from .precision import parts_of
+
 
 class CompilerError(RuntimeError):
     """``torch.compile`` lacks what it needs on a device; the message is one line that says what to install."""
@@ -49,7 +51,7 @@ def compile_networks(model: nn.Module, dynamic: bool | None = None) -> nn.Module
     check_compiler(next(model.parameters()).device.type)
     # torch compiles one function a few times only and then, without a word, no more.
     torch.compiler.reset()
-    for name, module in model.named_modules():
-        if name.rpartition('.')[2] in ('backbone', 'neck'):
-            module.compile(dynamic=dynamic)
+    for name, part in parts_of(model):
+        if name in ('backbone', 'neck'):
+            part.compile(dynamic=dynamic)
     return model

@@ -80,7 +80,7 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     device = next(model.parameters()).device.type
     into_necks = {module.backbone for module in model.modules() if getattr(module, 'neck', None) is not None}
-    for name, part in _parts(model):
+    for name, part in parts_of(model):
         if name in ('backbone', 'neck'):
             _round_layers(part, dtype)
         # MMSegmentation calls forward() itself, which passes hooks by.
@@ -88,14 +88,14 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _parts(module: nn.Module, name: str = '') -> Iterator[tuple[str, nn.Module]]:
+def parts_of(module: nn.Module, name: str = '') -> Iterator[tuple[str, nn.Module]]:
     """Backbones, necks and the innermost heads, each with its name."""
     if name in ('backbone', 'neck'):
         yield name, module
         return
     is_list = isinstance(module, nn.ModuleList)
     children = module.named_children()
-    inner = [part for child_name, child in children for part in _parts(child, name if is_list else child_name)]
+    inner = [part for child_name, child in children for part in parts_of(child, name if is_list else child_name)]
     yield from inner
     if name.endswith('head') and not (inner or is_list):
         yield name, module

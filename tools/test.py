@@ -24,6 +24,7 @@ from mmengine.device import get_device
 
 from repvit_mm.checkpoint import trust
 from repvit_mm.compat.mmcv import ties_in_order
+from repvit_mm.data_check.paths import evaluators_of
 from repvit_mm.deploy.evaluate import MismatchError, put_file
 from repvit_mm.deploy.load import plain_datasets
 from repvit_mm.deploy.metadata import TASKS
@@ -72,12 +73,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def evaluators(cfg: Config) -> list[ConfigDict]:
-    """The test metrics of a config, of which there may be one or several."""
-    found = cfg.get('test_evaluator') or []
-    return found if isinstance(found, list) else [found]
-
-
 def has_masks(node: Any) -> bool:
     """Whether a model's config has a mask head."""
     if isinstance(node, dict):
@@ -93,9 +88,9 @@ def choose_metrics(cfg: Config, metrics: list[str]) -> None:
             sys.exit(f'--eval {metric}: {TASKS[cfg.default_scope]} takes {", ".join(valid)}')
     if 'segm' in metrics and not has_masks(cfg.model):
         sys.exit('--eval segm: this detector predicts boxes only, take --eval bbox')
-    targets = [evaluator for evaluator in evaluators(cfg) if option in evaluator]
+    targets = [evaluator for evaluator in evaluators_of(cfg, 'test') if option in evaluator]
     if not targets:
-        types = ', '.join(evaluator.type for evaluator in evaluators(cfg)) or 'nothing'
+        types = ', '.join(evaluator.type for evaluator in evaluators_of(cfg, 'test')) or 'nothing'
         sys.exit(f'--eval: the config evaluates with {types}, which has no option {option!r}')
     for evaluator in targets:
         evaluator[option] = metrics
@@ -107,11 +102,11 @@ def save_predictions(cfg: Config, out: str) -> None:
     if cfg.default_scope == 'mmdet':
         if path.suffix not in ('.pkl', '.pickle'):
             sys.exit(f'--out {out}: detection saves a pickle file, expected a name that ends in .pkl')
-        cfg.test_evaluator = [*evaluators(cfg), dict(type='DumpDetResults', out_file_path=out)]
+        cfg.test_evaluator = [*evaluators_of(cfg, 'test'), dict(type='DumpDetResults', out_file_path=out)]
     else:
         if path.is_file() or path.suffix in ('.pkl', '.pickle'):
             sys.exit(f'--out {out}: segmentation saves PNGs in a folder, expected the name of one')
-        for evaluator in evaluators(cfg):
+        for evaluator in evaluators_of(cfg, 'test'):
             evaluator.update(output_dir=out, keep_results=True)
 
 

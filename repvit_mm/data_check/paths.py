@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mmengine.config import ConfigDict
+
 from ..deploy.load import plain_datasets
 
 SPLITS = ('train', 'val', 'test')
@@ -16,7 +18,7 @@ def datasets_of(cfg: Mapping[str, Any], split: str) -> Iterator[tuple[str, Any]]
         yield from plain_datasets(loader['dataset'], f'{split}_dataloader.dataset')
 
 
-def evaluators_of(cfg: Mapping[str, Any], split: str) -> list[Mapping[str, Any]]:
+def evaluators_of(cfg: Mapping[str, Any], split: str) -> list[ConfigDict]:
     """The metrics of a split, of which there may be one or several; training has none."""
     found = cfg.get(f'{split}_evaluator') or [] if split != 'train' else []
     return found if isinstance(found, list) else [found]
