@@ -19,11 +19,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from .compat.pytorch import (
     ConvOptions,
     WeakTensorKeyDictionary,
+    conv_backward,
     conv_with_exact_bias,
     is_transforming,
     version,
 )
-from .convolution_gradients import conv_gradients, sums_by_columns
 
 Function = Callable[..., Tensor]
 
@@ -187,7 +187,7 @@ def convolve(
     options = stride, padding, dilation, groups
     recipe = Recipe.of_kept(x) if known is None else known.shared() if leaves else known
     kernel = weight.detach() if dtype is None else rounded(weight.detach(), dtype)
-    if known is None and dtype is None and not (recomputes and sums_by_columns(x, weight, options)):
+    if known is None and dtype is None:
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     else:
         y = _Convolution.apply(options, recipe, kernel, x, weight, bias)
@@ -246,5 +246,5 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kernel, *kept = ctx.saved_tensors
         x = ctx.recipe(*kept)
-        grads = conv_gradients(grad, x.to(kernel.dtype), kernel, ctx.options, ctx.needs_input_grad[3:])
+        grads = conv_backward(grad, x.to(kernel.dtype), kernel, ctx.options, ctx.needs_input_grad[3:])
         return None, None, None, *grads

@@ -12,7 +12,6 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from torch import Tensor, nn
 
-from ...convolution_gradients import in_one_operation
 from ...reparam import kernels_together, reparam_blocks
 from ..timing import Run, interleave
 from ..verify import relative_error
@@ -77,8 +76,6 @@ def measure_steps(
 def measure_traffic(name: str, network: nn.Module, batch: int, size: tuple[int, int]) -> list[dict[str, Any]]:
     """The rows of what a training step moves, plain and folded, in float32 and in mixed precision. Nothing is timed.
 
-    What the package does for oneDNN alone is left out: it counts what a GPU would do.
-
     Args:
         name: Of the rows.
         network: The backbone in ``train`` mode with frozen statistics.
@@ -88,7 +85,6 @@ def measure_traffic(name: str, network: nn.Module, batch: int, size: tuple[int, 
     images = torch.randn(batch, 3, *size, device=next(network.parameters()).device)
     rows = []
     with ExitStack() as stack:
-        stack.enter_context(in_one_operation())
         twin = plain_copy(network, stack)
         for amp in (False, True):
             folded = training_step(network, images, amp)
