@@ -345,11 +345,12 @@ class ReparamBackbone(BaseModule, ABC):
         if not runs_eagerly() or (learns and not self._runs_folded()):
             return self._maps(x)
         with overwriting(not any(map(has_hooks, tree_of(self)[1:]))):
-            if x.device.type == 'cpu':
-                return self._maps_in_channels_last(x) if self.channels_last else self._maps(x)
-            # With checkpointing, a block's second run has to do what its first one did.
-            with nullcontext() if learns and self.with_cp else kernels_together(self):
-                return self._maps(x)
+            on_cpu = x.device.type == 'cpu'
+            # Without gradients a CPU keeps kernels. With checkpointing, a block's second run has to do what its first
+            # one did.
+            apart = self.with_cp if learns else on_cpu
+            with nullcontext() if apart else kernels_together(self):
+                return self._maps_in_channels_last(x) if on_cpu and self.channels_last else self._maps(x)
 
     def _check_statistics(self, x: Tensor) -> None:
         """Refuse a single small image whose last map has one place, if a BatchNorm there takes its statistics."""

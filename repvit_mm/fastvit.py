@@ -33,11 +33,14 @@ from .names import FASTVIT_NAMES
 from .recompute import convolve, training_dtype
 from .reparam import (
     Kernel,
+    KernelSum,
     ReparamBlock,
     add_kernels,
+    add_up,
     conv_kernel,
     fold_norm,
     identity_kernel,
+    identity_weight,
     scale_kernel,
     subtract_kernel,
 )
@@ -52,6 +55,8 @@ class RepMixer(ReparamBlock):
         layer_scale: Initial layer scale.
     """
 
+    by_rows = True
+
     def __init__(self, channels: int, layer_scale: float) -> None:
         super().__init__(stride=1, padding=1, groups=channels)
         self.mixer = MobileOneBlock(channels, channels, 3, groups=channels)
@@ -65,23 +70,21 @@ class RepMixer(ReparamBlock):
         """As every block. Where autocast trains it, the sum is float32, as the layer scale makes it in the branches."""
         if training_dtype(x) is None or not self.runs_folded():
             return super().forward(x)
-        shared = self._shared
-        if shared is None:
-            kernel, _ = self.residual_and_identity()
+        if self._shared is None:
+            kernel = add_up(self.residual())
         else:
-            kernel = subtract_kernel(shared, identity_kernel(shared))
+            weight, bias = self._shared
+            kernel = Kernel(weight - identity_weight(weight), bias)
         options = self.stride, self.padding, self.dilation, self.groups
         return convolve(x, *kernel, *options, recomputes=self.recomputes, residual=True)
 
-    def residual_and_identity(self) -> tuple[Kernel, Kernel]:
-        """The kernel of what is added to the map, and that of the map itself."""
-        mixer = self.mixer.equivalent_kernel()
-        identity = identity_kernel(mixer)
-        difference = subtract_kernel(mixer, fold_norm(identity, self.norm))
-        return scale_kernel(difference, self.layer_scale[..., 0, 0]), identity
+    def residual(self) -> KernelSum:
+        """What is added to the map."""
+        difference = subtract_kernel(self.mixer.folded_branches(), fold_norm(identity_kernel(), self.norm))
+        return scale_kernel(difference, self.layer_scale[..., 0, 0])
 
-    def equivalent_kernel(self) -> Kernel:
-        return add_kernels(*self.residual_and_identity())
+    def folded_branches(self) -> KernelSum:
+        return add_kernels(self.residual(), identity_kernel())
 
 
 class Attention(nn.Module):
@@ -168,6 +171,8 @@ class LargeKernelConv(ReparamBlock):
         out_channels: Channels of the output, a multiple of ``in_channels``.
     """
 
+    by_rows = True
+
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(stride=2, padding=3, groups=in_channels)
         self.large = ConvBN(in_channels, out_channels, 7, stride=2, groups=in_channels)
@@ -176,8 +181,8 @@ class LargeKernelConv(ReparamBlock):
     def branches(self, x: Tensor) -> Tensor:
         return self.large(x) + self.small(x)
 
-    def equivalent_kernel(self) -> Kernel:
-        return add_kernels(self.large.equivalent_kernel(), self.small.equivalent_kernel())
+    def folded_branches(self) -> KernelSum:
+        return add_kernels(self.large.folded_branches(), self.small.folded_branches())
 
 
 class PositionEncoding(ReparamBlock):
@@ -189,6 +194,8 @@ class PositionEncoding(ReparamBlock):
         channels: Channels of the map.
     """
 
+    by_rows = True
+
     def __init__(self, channels: int) -> None:
         super().__init__(stride=1, padding=3, groups=channels)
         self.conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
@@ -196,9 +203,8 @@ class PositionEncoding(ReparamBlock):
     def branches(self, x: Tensor) -> Tensor:
         return self.conv(x) + x
 
-    def equivalent_kernel(self) -> Kernel:
-        kernel = conv_kernel(self.conv)
-        return add_kernels(kernel, identity_kernel(kernel))
+    def folded_branches(self) -> KernelSum:
+        return add_kernels(conv_kernel(self.conv), identity_kernel())
 
 
 class Stem(nn.Module):

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from .backbone import ReparamBackbone
 from .compat.pytorch import BatchNorm, InstanceNorm, children_of
-from .reparam import conv_kernel, fold_norm
+from .reparam import add_up, conv_kernel, fold_norm
 
 
 @dataclass
@@ -175,7 +175,7 @@ def _folded(conv: nn.Conv2d, norm: BatchNorm) -> nn.Conv2d:
     """A convolution followed by a norm as one convolution of the same options, dtype, device and memory format."""
     device = 'cpu' if conv.weight.device.type == 'mps' else conv.weight.device  # which has no float64
     exact_conv, exact_norm = (copy.deepcopy(module).to(device, torch.float64) for module in (conv, norm))
-    weight, bias = fold_norm(conv_kernel(exact_conv), exact_norm)
+    weight, bias = add_up(fold_norm(conv_kernel(exact_conv), exact_norm))
     folded = copy.deepcopy(conv)
     folded.weight = nn.Parameter(weight.to(conv.weight), requires_grad=conv.weight.requires_grad)
     folded.bias = nn.Parameter(bias.to(conv.weight), requires_grad=conv.weight.requires_grad)

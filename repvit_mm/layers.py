@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .compat.pytorch import ConvOptions, add_conv_, conv_activated, fuses_into_convolutions, gelu_
 from .recompute import convolve, recipe_of, recomputable, runs_eagerly
 from .reparam import (
-    Kernel,
+    KernelSum,
     ReparamBlock,
     add_kernels,
     conv_kernel,
@@ -34,6 +34,8 @@ class ConvBN(ReparamBlock):
         norm_weight: Initial weight of the norm; with 0 a residual branch adds nothing at first.
     """
 
+    by_rows = True
+
     def __init__(
         self,
         in_channels: int,
@@ -51,7 +53,7 @@ class ConvBN(ReparamBlock):
     def branches(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(x))
 
-    def equivalent_kernel(self) -> Kernel:
+    def folded_branches(self) -> KernelSum:
         return fold_norm(conv_kernel(self.conv), self.bn)
 
 
@@ -69,6 +71,8 @@ class MobileOneBlock(ReparamBlock):
         groups: Groups of its convolutions.
         num_convs: Number of convolution branches, at least 1.
     """
+
+    by_rows = True
 
     def __init__(
         self,
@@ -93,12 +97,12 @@ class MobileOneBlock(ReparamBlock):
                 y = y + branch(x)
         return y
 
-    def equivalent_kernel(self) -> Kernel:
-        kernels = [conv.equivalent_kernel() for conv in self.convs]
+    def folded_branches(self) -> KernelSum:
+        kernels = [conv.folded_branches() for conv in self.convs]
         if self.scale is not None:
-            kernels.append(self.scale.equivalent_kernel())
+            kernels.append(self.scale.folded_branches())
         if self.skip is not None:
-            kernels.append(fold_norm(identity_kernel(kernels[0]), self.skip))
+            kernels.append(fold_norm(identity_kernel(), self.skip))
         return add_kernels(*kernels)
 
 
@@ -297,7 +301,7 @@ class NormLinear(ReparamBlock):
     def branches(self, x: Tensor) -> Tensor:
         return self.linear(self.norm(x))
 
-    def equivalent_kernel(self) -> Kernel:
+    def folded_branches(self) -> KernelSum:
         return fold_norm_before(self.norm, conv_kernel(self.linear))
 
 
@@ -312,6 +316,8 @@ class LayerScale(ReparamBlock):
         init_scale: Initial factor.
     """
 
+    by_rows = True
+
     def __init__(self, layer: nn.Conv2d | ChannelLinear, channels: int, init_scale: float) -> None:
         super().__init__(stride=1, padding=0, groups=1)
         self.layer = layer
@@ -320,7 +326,7 @@ class LayerScale(ReparamBlock):
     def branches(self, x: Tensor) -> Tensor:
         return self.layer(x) * self.layer_scale
 
-    def equivalent_kernel(self) -> Kernel:
+    def folded_branches(self) -> KernelSum:
         return scale_kernel(conv_kernel(self.layer), self.layer_scale[..., 0, 0])
 
 

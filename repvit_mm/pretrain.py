@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from mmengine.registry import MODELS
 from mmpretrain.models import ClsHead
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from .checkpoint import CheckpointError, source_of, tensors_of
 from .layers import GELU, ChannelLinear, MobileOneBlock, NormLinear, SqueezeExcite
 from .loading import misfit, shapes_of
 from .names import FASTVIT_NAMES, MOBILEONE_NAMES, REPVIT_NAMES, Naming
-from .reparam import Kernel, ReparamBlock
+from .reparam import KernelSum, ReparamBlock, add_kernels, scale_kernel
 
 
 class ReleasedHead(ClsHead):
@@ -115,9 +114,8 @@ class MeanClassifier(ReparamBlock):
     def branches(self, x: Tensor) -> Tensor:
         return (self.labels(x) + self.teacher(x)) / 2
 
-    def equivalent_kernel(self) -> Kernel:
-        kernels = self.labels.equivalent_kernel(), self.teacher.equivalent_kernel()
-        return Kernel(*(torch.stack(pair).mean(0) for pair in zip(*kernels, strict=True)))
+    def folded_branches(self) -> KernelSum:
+        return scale_kernel(add_kernels(self.labels.folded_branches(), self.teacher.folded_branches()), 0.5)
 
 
 @MODELS.register_module()

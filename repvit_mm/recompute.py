@@ -37,14 +37,14 @@ class Recipe(NamedTuple):
     @classmethod
     def of_kept(cls, x: Tensor) -> 'Recipe':
         """The recipe of a map that is kept itself."""
-        return cls(lambda x: x, (x.detach(),))
+        return cls(lambda x: x, (x,))
 
     def then(self, function: Function, *others: Tensor) -> 'Recipe':
         """The recipe of ``function(x, *others)``, where this is the recipe of ``x``."""
         first, count = self.function, len(self.kept)
         return Recipe(
             lambda *kept: function(first(*kept[:count]), *kept[count:]),
-            (*self.kept, *(tensor.detach() for tensor in others)),
+            (*self.kept, *others),
         )
 
     def shared(self) -> 'Recipe':
@@ -186,7 +186,7 @@ def convolve(
     leaves = recomputes and groups > 1
     options = stride, padding, dilation, groups
     recipe = Recipe.of_kept(x) if known is None else known.shared() if leaves else known
-    kernel = weight.detach() if dtype is None else rounded(weight.detach(), dtype)
+    kernel = weight if dtype is None else rounded(weight.detach(), dtype)
     if known is None and dtype is None:
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     else:
@@ -218,6 +218,8 @@ def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _convolution(options: ConvOptions, x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     """A convolution in the dtype of its kernel, without autocast; the bias is added in its own dtype."""
+    if kernel.dtype is bias.dtype and not torch.is_autocast_enabled(x.device.type):
+        return F.conv2d(x, kernel, bias, *options)
     with torch.autocast(x.device.type, enabled=False):
         if kernel.dtype is bias.dtype:
             return F.conv2d(x, kernel, bias, *options)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .backbone import ReparamBackbone
 from .layers import GELU, ConvBN, SqueezeExcite, StochasticDepth, activated, add_convolved
 from .names import REPVIT_NAMES
-from .reparam import Kernel, ReparamBlock, add_kernels, conv_kernel, fold_norm, identity_kernel
+from .reparam import KernelSum, ReparamBlock, add_kernels, conv_kernel, fold_norm, identity_kernel
 from .specs import REPVIT_SPECS, REPVIT_TOP1, RepViTSpec
 
 
@@ -39,6 +39,8 @@ class TokenMixer(ReparamBlock):
             has a norm of its own and none follows the sum (arXiv v1).
     """
 
+    by_rows = True
+
     def __init__(self, channels: int, norm_after_sum: bool) -> None:
         super().__init__(stride=1, padding=1, groups=channels)
         self.conv3x3 = ConvBN(channels, channels, 3, groups=channels)
@@ -53,10 +55,10 @@ class TokenMixer(ReparamBlock):
         x = self.conv3x3(x) + self.conv1x1(x) + x
         return x if self.bn is None else self.bn(x)
 
-    def equivalent_kernel(self) -> Kernel:
-        large = self.conv3x3.equivalent_kernel()
-        small = conv_kernel(self.conv1x1) if self.bn is not None else self.conv1x1.equivalent_kernel()
-        kernel = add_kernels(large, small, identity_kernel(large))
+    def folded_branches(self) -> KernelSum:
+        large = self.conv3x3.folded_branches()
+        small = conv_kernel(self.conv1x1) if self.bn is not None else self.conv1x1.folded_branches()
+        kernel = add_kernels(large, small, identity_kernel())
         return kernel if self.bn is None else fold_norm(kernel, self.bn)
 
 

@@ -16,23 +16,28 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize, prune
 
 from repvit_mm import switch_to_deploy
-from repvit_mm.layers import ConvBN
+from repvit_mm.layers import ConvBN, LayerScale, MobileOneBlock
 from repvit_mm.reparam import (
     Kernel,
+    KernelSum,
     ReparamBlock,
+    Term,
     add_kernels,
+    add_up,
     conv_kernel,
     equivalent_kernels,
     fold_norm,
     fold_norm_before,
     identity_kernel,
+    identity_weight,
     kernels_together,
-    pad_kernel,
+    pad_weight,
     plain_formulation,
     reparam_blocks,
     scale_kernel,
     subtract_kernel,
 )
+from repvit_mm.repvit import TokenMixer
 
 TOLERANCE = 1e-9
 ODD = (1, 3, 5, 7)
@@ -41,14 +46,16 @@ small = st.integers(1, 3)
 odd_size = st.tuples(st.sampled_from(ODD), st.sampled_from(ODD))
 
 
-def random_kernel(out_channels: int, in_channels_per_group: int, size: tuple[int, int]) -> Kernel:
-    return Kernel(torch.randn(out_channels, in_channels_per_group, *size).double(), torch.randn(out_channels).double())
+def random_kernel(out_channels: int, in_channels_per_group: int, size: tuple[int, int]) -> KernelSum:
+    weight, bias = torch.randn(out_channels, in_channels_per_group, *size), torch.randn(out_channels)
+    return KernelSum((Term(weight.double()),), bias.double())
 
 
-def convolve(x: Tensor, kernel: Kernel, groups: int, stride: int = 1) -> Tensor:
+def convolve(x: Tensor, kernel: KernelSum, groups: int, stride: int = 1) -> Tensor:
     """The convolution of "same" padding."""
-    height, width = kernel.weight.shape[2:]
-    return F.conv2d(x, *kernel, stride=stride, padding=(height // 2, width // 2), groups=groups)
+    weight, bias = add_up(kernel)
+    height, width = weight.shape[2:]
+    return F.conv2d(x, weight, bias, stride=stride, padding=(height // 2, width // 2), groups=groups)
 
 
 @given(
@@ -57,21 +64,23 @@ def convolve(x: Tensor, kernel: Kernel, groups: int, stride: int = 1) -> Tensor:
 def test_padded_kernel_is_the_same_convolution(groups, ins, outs, stride, small_size, border):
     kernel = random_kernel(groups * outs, ins, small_size)
     size = tuple(old + 2 * more for old, more in zip(small_size, border, strict=True))
-    padded = pad_kernel(kernel, size)
-    assert padded.weight.shape[2:] == size
+    padded = pad_weight(kernel.terms[0].weight, size)
+    assert padded.shape[2:] == size
     x = torch.randn(2, groups * ins, 9, 8).double()
+    padded = KernelSum((Term(padded),), kernel.bias)
     assert relative_error(convolve(x, padded, groups, stride), convolve(x, kernel, groups, stride)) < TOLERANCE
 
 
 @pytest.mark.parametrize(('old', 'new'), [((3, 3), (1, 1)), ((1, 1), (2, 2)), ((3, 3), (3, 4)), ((3, 5), (5, 3))])
 def test_kernel_that_does_not_fit_in_the_middle_is_refused(old, new):
     with pytest.raises(ValueError, match=f'{old[0]}x{old[1]} kernel in a {new[0]}x{new[1]}'):
-        pad_kernel(random_kernel(2, 2, old), new)
+        pad_weight(torch.zeros(2, 2, *old), new)
 
 
-@given(groups=small, ins=small, outs=small, sizes=st.lists(odd_size, min_size=1, max_size=4))
-def test_sum_of_kernels_is_the_sum_of_convolutions(groups, ins, outs, sizes):
+@given(groups=small, ins=small, outs=small, sizes=st.lists(odd_size, min_size=1, max_size=4), with_bias=st.booleans())
+def test_sum_of_kernels_is_the_sum_of_convolutions(groups, ins, outs, sizes, with_bias):
     kernels = [random_kernel(groups * outs, ins, size) for size in [(max(ODD), max(ODD)), *sizes]]
+    kernels[0] = kernels[0] if with_bias else KernelSum(kernels[0].terms)
     x = torch.randn(2, groups * ins, 9, 8).double()
     expected = sum(convolve(x, kernel, groups) for kernel in kernels)
     assert relative_error(convolve(x, add_kernels(*kernels), groups), expected) < TOLERANCE
@@ -80,17 +89,21 @@ def test_sum_of_kernels_is_the_sum_of_convolutions(groups, ins, outs, sizes):
 @given(groups=small, per_group=small, size=odd_size)
 def test_identity_kernel_changes_nothing(groups, per_group, size):
     x = torch.randn(2, groups * per_group, 9, 8).double()
-    kernel = identity_kernel(random_kernel(groups * per_group, per_group, size))
-    assert torch.equal(convolve(x, kernel, groups), x)
+    kernel = random_kernel(groups * per_group, per_group, size)
+    identity = KernelSum((Term(identity_weight(kernel.terms[0].weight)),))
+    assert torch.equal(convolve(x, identity, groups), x)
+    expected = convolve(x, kernel, groups) + x
+    for both in (add_kernels(kernel, identity_kernel()), add_kernels(identity_kernel(), kernel)):
+        assert relative_error(convolve(x, both, groups), expected) < TOLERANCE
 
 
-def test_identity_kernel_takes_no_step_for_each_channel():
+def test_identity_takes_no_step_for_each_channel():
     """It is made anew in every pass of a frozen block: steps that grow with the width would outweigh what it saves."""
 
     def steps(channels: int) -> int:
-        kernel = random_kernel(channels, 1, (3, 3))
+        weight = torch.zeros(channels, 1, 3, 3)
         with Operations() as operations:
-            identity_kernel(kernel)
+            identity_weight(weight)
         return len(operations.names)
 
     assert steps(64) == steps(4)
@@ -101,8 +114,9 @@ def test_folded_norm_is_convolution_and_norm(groups, ins, outs, size, affine, ep
     kernel = random_kernel(groups * outs, ins, size)
     norm = randomize(nn.BatchNorm2d(groups * outs, eps, affine=affine).double()).eval()
     x = torch.randn(2, groups * ins, 9, 8).double()
-    expected = norm(convolve(x, kernel, groups))
-    assert relative_error(convolve(x, fold_norm(kernel, norm), groups), expected) < TOLERANCE
+    for given_kernel in (kernel, KernelSum(kernel.terms)):
+        expected = norm(convolve(x, given_kernel, groups))
+        assert relative_error(convolve(x, fold_norm(given_kernel, norm), groups), expected) < TOLERANCE
 
 
 @given(groups=small, ins=small, outs=small, sizes=st.tuples(st.sampled_from(ODD), st.sampled_from(ODD)))
@@ -225,11 +239,11 @@ def test_plain_formulation_runs_every_branch_and_ends(block, x, monkeypatch):
     kernels = []
     for cls in {type(module) for module in block.modules() if isinstance(module, ReparamBlock)}:
 
-        def counted(self, kernel_of=cls.equivalent_kernel) -> Kernel:
+        def counted(self, branches_of=cls.folded_branches) -> KernelSum:
             kernels.append(self)
-            return kernel_of(self)
+            return branches_of(self)
 
-        monkeypatch.setattr(cls, 'equivalent_kernel', counted)
+        monkeypatch.setattr(cls, 'folded_branches', counted)
     with plain_formulation(block):
         block(x)
     assert not kernels
@@ -382,14 +396,14 @@ def test_deployed_block_has_no_statistics(block):
 def folds(block, monkeypatch) -> list[ReparamBlock]:
     """Grows each time that the kernel of ``block`` is computed from its parameters."""
     computed = []
-    kernel_of = type(block).equivalent_kernel
+    branches_of = type(block).folded_branches
 
-    def counted(self) -> Kernel:
+    def counted(self) -> KernelSum:
         if self is block:
             computed.append(self)
-        return kernel_of(self)
+        return branches_of(self)
 
-    monkeypatch.setattr(type(block), 'equivalent_kernel', counted)
+    monkeypatch.setattr(type(block), 'folded_branches', counted)
     return computed
 
 
@@ -565,6 +579,16 @@ class TestKeptKernel:
             assert relative_error(block(x), block.branches(x)) < TOLERANCE
 
 
+WIDER: dict[str, Callable[[int], ReparamBlock]] = {
+    'conv_bn': lambda channels: ConvBN(channels, 2 * channels),
+    'depthwise': lambda channels: ConvBN(channels, channels, 3, groups=channels),
+    'token_mixer': lambda channels: TokenMixer(channels, norm_after_sum=True),
+    'mobileone': lambda channels: MobileOneBlock(channels, channels, 1, num_convs=2),
+    'layer_scale': lambda channels: LayerScale(nn.Conv2d(2 * channels, channels, 1), channels, 0.1),
+}
+"""Makes blocks of other widths than those of ``BLOCKS``."""
+
+
 class TestManyKernels:
     """Kernels of many blocks at once are those of one block after the other."""
 
@@ -578,15 +602,54 @@ class TestManyKernels:
         generator = torch.Generator().manual_seed(1)
         tensors = [tensor for block in blocks for tensor in kernels[block]]
         loss = sum((t * torch.randn(t.shape, generator=generator).double()).sum() for t in tensors)
-        parameters = [parameter for block in blocks for parameter in block.parameters()]
+        parameters = [parameter for block in blocks for parameter in block.parameters() if parameter.requires_grad]
         return [*tensors, *torch.autograd.grad(loss, parameters)]
 
-    def test_same_kernels_and_gradients(self, blocks):
+    @pytest.fixture(params=['all', 'some weights frozen', 'some norms frozen'])
+    def mixed(self, request, blocks) -> list[ReparamBlock]:
+        """Blocks of several widths, of which parts may not learn."""
+        blocks += [randomize_otherwise(make(8).double(), 99).eval() for make in WIDER.values()]
         blocks[0].bn.eps = 0.1  # It is of a kind of its own then.
-        expected = self.run(blocks, {block: block.equivalent_kernel() for block in blocks})
-        actual = self.run(blocks, equivalent_kernels(blocks))
+        for block in blocks[::3]:
+            for parameter in block.parameters():
+                frozen = parameter.ndim == 4 if request.param == 'some weights frozen' else parameter.ndim == 1
+                parameter.requires_grad_(request.param == 'all' or not frozen)
+        return blocks
+
+    def test_same_kernels_and_gradients(self, mixed):
+        expected = self.run(mixed, {block: block.equivalent_kernel() for block in mixed})
+        actual = self.run(mixed, equivalent_kernels(mixed))
         assert len(actual) == len(expected)
         assert max(map(relative_error, actual, expected)) < TOLERANCE
+
+    def test_second_derivatives(self, blocks):
+        """They take gradients that are not overwritten."""
+
+        def penalty(kernels: dict[ReparamBlock, Kernel]) -> Tensor:
+            loss = sum(tensor.pow(3).sum() for block in blocks for tensor in kernels[block])
+            parameters = [p for block in blocks for p in block.parameters()]
+            return sum(g.pow(2).sum() for g in torch.autograd.grad(loss, parameters, create_graph=True))
+
+        parameters = [p for block in blocks for p in block.parameters()]
+        expected = torch.autograd.grad(penalty({b: b.equivalent_kernel() for b in blocks}), parameters)
+        actual = torch.autograd.grad(penalty(equivalent_kernels(blocks)), parameters)
+        assert max(map(relative_error, actual, expected)) < TOLERANCE
+
+    def test_block_in_several_places(self, block, x):
+        learning = nn.Sequential(block, nn.GELU(), block)
+        if block(x).shape != x.shape:
+            pytest.skip('its output does not fit its input')
+        with plain_formulation(block):
+            expected = gradients(learning, x)
+        with kernels_together(learning):
+            actual = gradients(learning, x)
+        assert max(relative_error(actual[name], gradient) for name, gradient in expected.items()) < TOLERANCE
+
+    def test_block_with_a_parametrization_is_folded_by_itself(self, blocks):
+        for block in blocks[::2]:
+            with_low_rank(block)
+        expected = self.run(blocks, {block: block.equivalent_kernel() for block in blocks})
+        assert max(map(relative_error, self.run(blocks, equivalent_kernels(blocks)), expected)) < TOLERANCE
 
     def test_takes_as_many_operations_for_more_blocks_of_a_kind(self):
         def operations(count: int) -> int:

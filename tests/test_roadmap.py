@@ -23,7 +23,7 @@ from repvit_mm.deploy.benchmark.charts import label_points, new_figure
 from repvit_mm.deploy.benchmark.measures import count_macs, count_parameters
 from repvit_mm.deploy.benchmark.synthetic import make_trained_like
 from repvit_mm.layers import SqueezeExcite
-from repvit_mm.reparam import Kernel, plain_formulation
+from repvit_mm.reparam import KernelSum, plain_formulation
 from repvit_mm.roadmap import (
     ABLATIONS,
     ROADMAP,
@@ -403,8 +403,7 @@ class TestBlocks:
         with plain_formulation(mixer):
             expected = mixer(x)
         assert relative_error(mixer.to_conv()(x), expected) < 1e-12
-        nothing = lambda like: Kernel(torch.zeros_like(like.weight), torch.zeros_like(like.bias))  # noqa: E731
-        monkeypatch.setattr(repvit_mm.repvit, 'identity_kernel', nothing)
+        monkeypatch.setattr(repvit_mm.repvit, 'identity_kernel', lambda: KernelSum(()))
         assert relative_error(mixer.to_conv()(x), expected) > 0.1
 
     def test_feed_forward_starts_as_nothing_only_beside_a_residual(self):

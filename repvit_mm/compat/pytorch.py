@@ -41,6 +41,8 @@ __all__ = [
     'is_transforming',
     'lost_process',
     'multiplies_bfloat16',
+    'multiply_each',
+    'named_tree_of',
     'refused_global',
     'scan',
     'tensors_of',
@@ -98,6 +100,22 @@ def tree_of(module: nn.Module) -> list[nn.Module]:
         if parent._modules:
             tree.extend([child for child in parent._modules.values() if child is not None])
     return tree
+
+
+def named_tree_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """A module and all below it as :func:`tree_of` gives them, each with what the names of its tensors begin with."""
+    tree = [('', module)]
+    for prefix, parent in tree:
+        tree.extend([(f'{prefix}{name}.', child) for name, child in parent._modules.items() if child is not None])
+    return tree
+
+
+def multiply_each(tensors: Sequence[Tensor], factors: Sequence[Tensor], in_place: bool = False) -> Sequence[Tensor]:
+    """Each tensor times its factor in one operation, which the optimizers use; it has no public name."""
+    if not in_place:
+        return torch._foreach_mul(tensors, factors)
+    torch._foreach_mul_(tensors, factors)
+    return tensors
 
 
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
