@@ -4,7 +4,7 @@ PYTHON ?= python3
 STACK ?= openmmlab
 VENV := $(if $(filter openmmlab,$(STACK)),.venv,.venv-$(STACK))
 
-.PHONY: setup demo test torture test-oldest test-mmpose lint docs audit
+.PHONY: setup demo test test-avx2 torture test-oldest test-mmpose lint docs audit
 
 setup:
 	@$(PYTHON) tools/setup_env.py $(STACK)
@@ -15,6 +15,10 @@ demo: setup
 # ARGS goes to pytest: make test ARGS='-k fusion -m "not slow"'
 test: setup
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+# The tests as on an x86-64 processor without AVX-512, on any that has AVX2. ONNX Runtime has no such switch.
+test-avx2: setup
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(VENV)/bin/python -m pytest $(ARGS)
 
 # Tries to break the package for a quarter of an hour, and counts what was lost: docs/reliability.md
 torture: setup

@@ -114,17 +114,23 @@ class TestTraffic:
         """The more of it the larger the maps are in terms of the kernels."""
         arch = dict(channels=(8, 16, 24, 32), depths=(6, 4, 4, 1))
         rows = measure_traffic('small', randomize(RepViT(arch, norm_eval=True)).train(), 1, (384, 384))
+        routes = ('plain', 'folded', 'folded, all maps kept', 'deployed')
         assert [(row['name'], row['route']) for row in rows] == [
-            (f'small {precision}', route)
-            for precision in ('float32', 'mixed')
-            for route in ('plain', 'folded', 'folded, kernels together')
+            (f'small {precision}', route) for precision in ('float32', 'mixed') for route in routes
         ]
         assert all(row['operations'] > 100 and row['bias_bytes'] > 0 for row in rows)
-        for plain, folded, together in (rows[:3], rows[3:]):
-            assert folded['times_plain'] == folded['elementwise_bytes'] / plain['elementwise_bytes'] < 0.6
+        for plain, folded, keeping, deployed in (rows[:4], rows[4:]):
             assert plain['times_plain'] == 1
-            assert together['operations'] < folded['operations'] and together['bias_bytes'] == folded['bias_bytes']
-        assert rows[4]['elementwise_bytes'] < 0.6 * rows[1]['elementwise_bytes'], 'maps are half as large'
+            assert folded['times_plain'] == folded['elementwise_bytes'] / plain['elementwise_bytes']
+            assert deployed['operations'] < keeping['operations'] < folded['operations']
+            assert deployed['elementwise_bytes'] < keeping['elementwise_bytes'] < folded['elementwise_bytes']
+        plain, folded, *_ = rows[:4]
+        assert folded['times_plain'] < 0.6 and folded['operations'] < plain['operations']
+        # Where a processor does not add a float32 bias inside the convolution, it is a pass of its own. Together they
+        # are the same everywhere.
+        plain, folded = (row['elementwise_bytes'] + row['bias_bytes'] for row in rows[4:6])
+        assert folded < 0.75 * plain
+        assert folded < 0.6 * (rows[1]['elementwise_bytes'] + rows[1]['bias_bytes']), 'maps are half as large'
 
 
 NETWORKS = {

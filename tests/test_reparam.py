@@ -635,6 +635,18 @@ class TestManyKernels:
         actual = torch.autograd.grad(penalty(equivalent_kernels(blocks)), parameters)
         assert max(map(relative_error, actual, expected)) < TOLERANCE
 
+    def test_gradients_of_several_losses_at_once(self, blocks):
+        """By ``vmap`` over the backward pass."""
+        kernels = equivalent_kernels(blocks)
+        outputs = torch.cat([tensor.flatten()[:1] for block in blocks for tensor in kernels[block]])
+        parameters = [p for block in blocks for p in block.parameters()]
+        options = dict(retain_graph=True, allow_unused=True, materialize_grads=True)
+        batch = torch.eye(len(outputs)).double()
+        together = torch.autograd.grad(outputs, parameters, batch, is_grads_batched=True, **options)
+        for index in (0, len(outputs) // 2, len(outputs) - 1):
+            alone = torch.autograd.grad(outputs[index], parameters, **options)
+            assert all(torch.equal(several[index], one) for several, one in zip(together, alone, strict=True))
+
     def test_block_in_several_places(self, block, x):
         learning = nn.Sequential(block, nn.GELU(), block)
         if block(x).shape != x.shape:

@@ -111,7 +111,12 @@ def named_tree_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def multiply_each(tensors: Sequence[Tensor], factors: Sequence[Tensor], in_place: bool = False) -> Sequence[Tensor]:
-    """Each tensor times its factor in one operation, which the optimizers use; it has no public name."""
+    """Each tensor times its factor in one operation, which the optimizers use; it has no public name.
+
+    It has no rule for ``vmap`` either, nor for the older form of it, which ``torch.autograd.grad`` uses for batches.
+    """
+    if any(torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors) or is_transforming():
+        return [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
     if not in_place:
         return torch._foreach_mul(tensors, factors)
     torch._foreach_mul_(tensors, factors)

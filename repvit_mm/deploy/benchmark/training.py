@@ -1,10 +1,9 @@
-"""Training steps and iterations, plain against folded: whether they do the same, and what they take."""
+"""Training steps and iterations, plain against folded and deployed: whether they do the same, and what they take."""
 
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from torch import Tensor, nn
 
-from ...reparam import kernels_together, reparam_blocks
+from ...reparam import reparam_blocks, switch_to_deploy
 from ..timing import Run, interleave
 from ..verify import relative_error
 from .measures import Traffic, peak_bytes, saved_bytes
@@ -45,7 +44,7 @@ def measure_steps(
     amp: bool = False,
     channels_last: bool = False,
 ) -> list[dict[str, Any]]:
-    """The rows of a backbone's training steps, plain and folded, in float32.
+    """The rows of a backbone's training steps in float32, by each of :func:`training_forms`.
 
     Args:
         name: Of the rows.
@@ -64,7 +63,7 @@ def measure_steps(
         network = network.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
     with ExitStack() as stack:
-        networks = {'plain': plain_copy(network, stack), 'folded': network}
+        networks = training_forms(network, stack)
         check_gradients(name, networks, images)
         steps = {route: training_step(twin, images, amp=False) for route, twin in networks.items()}
         if amp:
@@ -73,8 +72,25 @@ def measure_steps(
         return measure_training(name, networks, steps, batch, rounds, images.device)
 
 
+def training_forms(network: nn.Module, stack: ExitStack) -> dict[str, nn.Module]:
+    """A backbone with frozen statistics in each form in which it can be trained.
+
+    ``'deployed'`` is what folding is measured by: the fused network, each convolution of which learns a bias.
+
+    Args:
+        network: The backbone in ``train`` mode.
+        stack: The forms are valid for as long as it lasts.
+    """
+    keeping = copy.deepcopy(network)
+    for block in reparam_blocks(keeping):
+        block.recomputes = False
+    deployed = switch_to_deploy(copy.deepcopy(network)).eval().requires_grad_(True)
+    plain = plain_copy(network, stack)
+    return {'plain': plain, 'folded': network, 'folded, all maps kept': keeping, 'deployed': deployed}
+
+
 def measure_traffic(name: str, network: nn.Module, batch: int, size: tuple[int, int]) -> list[dict[str, Any]]:
-    """The rows of what a training step moves, plain and folded, in float32 and in mixed precision. Nothing is timed.
+    """The rows of what a training step moves, by each form, in float32 and in mixed precision. Nothing is timed.
 
     Args:
         name: Of the rows.
@@ -85,14 +101,9 @@ def measure_traffic(name: str, network: nn.Module, batch: int, size: tuple[int, 
     images = torch.randn(batch, 3, *size, device=next(network.parameters()).device)
     rows = []
     with ExitStack() as stack:
-        twin = plain_copy(network, stack)
+        networks = training_forms(network, stack)
         for amp in (False, True):
-            folded = training_step(network, images, amp)
-            steps = {
-                'plain': training_step(twin, images, amp),
-                'folded': folded,
-                'folded, kernels together': partial(with_kernels_together, network, folded),
-            }
+            steps = {route: training_step(twin, images, amp) for route, twin in networks.items()}
             first: dict[str, Any] = {}
             for route, step in steps.items():
                 with Traffic() as traffic:
@@ -102,12 +113,6 @@ def measure_traffic(name: str, network: nn.Module, batch: int, size: tuple[int, 
                 first = first or row
                 rows.append(row | {'times_plain': row['elementwise_bytes'] / first['elementwise_bytes']})
     return rows
-
-
-def with_kernels_together(network: nn.Module, step: Run) -> None:
-    """A step for which the kernels of all blocks of one kind and size are folded together, as on a GPU."""
-    with kernels_together(network):
-        step()
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -183,7 +188,9 @@ def training_step(network: nn.Module, images: Tensor, amp: bool) -> Run:
 
 
 def check_gradients(name: str, networks: Mapping[str, nn.Module], images: Tensor) -> None:
-    """Compare maps and gradients, folded against plain, in float64 on the corner of an image.
+    """Compare maps and gradients with the first network's, in float64 on the corner of an image.
+
+    A deployed network has parameters of its own; of the others' gradients, it shares those of gates.
 
     Raises:
         WrongRoute: if they differ.
@@ -199,10 +206,14 @@ def check_gradients(name: str, networks: Mapping[str, nn.Module], images: Tensor
         network.zero_grad()
         network.to(images.dtype)
         found[route] = tensors
-    for tensor, expected in found['plain'].items():
-        error = relative_error(found['folded'][tensor], expected)
-        if not error <= GRADIENT_TOLERANCE:
-            raise WrongRoute(f'{name}: {tensor} differs by {error:.1e} between folded and plain')
+    plain = found.pop('plain')
+    if plain.keys() != found['folded'].keys():
+        raise WrongRoute(f'{name}: plain and folded have other parameters')
+    for route, tensors in found.items():
+        for tensor in plain.keys() & tensors.keys():
+            error = relative_error(tensors[tensor], plain[tensor])
+            if not error <= GRADIENT_TOLERANCE:
+                raise WrongRoute(f'{name}: {tensor} differs by {error:.1e} between {route} and plain')
 
 
 def measure_training(
