@@ -402,7 +402,11 @@ class _BranchesOf(nn.Module):
 
 
 class _Joined(torch.autograd.Function):
-    """Tensors one behind the other; all their gradients are views of one, made in one operation."""
+    """Tensors one behind the other. Their gradients are parts of one tensor, taken in one operation.
+
+    It is a copy: of two summands the gradient is one and the same tensor. Parameters hold their gradients and add to
+    them in place, so no two may share memory.
+    """
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
@@ -411,7 +415,7 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return grad.split(ctx.rows)
+        return grad.clone().split(ctx.rows)
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:

@@ -382,6 +382,17 @@ class TestFolding:
         actual = gradients(build(norm_eval=True).train(), x)
         assert max(relative_error(actual[name], p.grad) for name, p in network.named_parameters()) < 1e-4
 
+    def test_gradients_of_several_passes_add_up(self, build, x):
+        """In place: so no two parameters share the memory of their gradients."""
+        network = build(norm_eval=True).double().train()
+        leaves = list(network.parameters())
+        once = torch.autograd.grad(total(network(x.double())), leaves)
+        for _ in range(3):
+            total(network(x.double())).backward()
+        assert max(relative_error(p.grad, 3 * gradient) for p, gradient in zip(leaves, once, strict=True)) < 1e-12
+        places = sorted((p.grad.data_ptr(), p.grad.nbytes) for p in leaves)
+        assert all(place + size <= following for (place, size), (following, _) in itertools.pairwise(places))
+
     def test_gradients_with_a_part_frozen(self, build, x):
         network = build(norm_eval=True, frozen_stages=1).double().train()
         x, leaves = x.double(), [p for p in network.parameters() if p.requires_grad]
