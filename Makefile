@@ -18,7 +18,7 @@ test: setup
 
 # The tests as on an x86-64 processor without AVX-512, on any that has AVX2. ONNX Runtime has no such switch.
 test-avx2: setup
-	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(VENV)/bin/python -m pytest $(ARGS)
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 TORCHINDUCTOR_CACHE_DIR=build/inductor-avx2 $(VENV)/bin/python -m pytest $(ARGS)
 
 # Tries to break the package for a quarter of an hour, and counts what was lost: docs/reliability.md
 torture: setup
