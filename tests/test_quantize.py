@@ -1,26 +1,31 @@
 """Int8 files: what computes in int8, how far they are off, and which are refused."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from small_models import small_config, small_model
 
+from repvit_mm.datasets.shapes import write_shapes
 from repvit_mm.deploy.export import EXPORTERS, Exportable, Options, build_graph, quiet, random_images
 from repvit_mm.deploy.graph import ExportError
 from repvit_mm.deploy.load import fuse_model
 from repvit_mm.deploy.metadata import FileInfo
 from repvit_mm.deploy.quantize import quantize_file, write_executorch
-from repvit_mm.deploy.runtimes import RuntimeFileError, open_file
+from repvit_mm.deploy.runtimes import OnnxRuntime, RuntimeFileError, open_file
 
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 from repvit_mm.deploy.int8 import (  # noqa: E402
+    HALF_RANGE,
     Candidate,
     Int8Options,
     Int8Report,
+    check_int8,
     check_target,
     export_int8,
     in_points,
@@ -59,10 +64,23 @@ def network(onnx_file) -> QdqNetwork:
     return QdqNetwork(onnx_file, calibration())
 
 
+def distance(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
 def error_of(found: Path, expected: Path) -> float:
     """Relative L2 error of a file's logits."""
-    found, expected = (open_file(path, 1).run(calibration()[0])['logits'] for path in (found, expected))
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    return distance(*(open_file(path, 1).run(calibration()[0])['logits'] for path in (found, expected)))
+
+
+def exact_error_of(found: Path, expected: Path) -> float:
+    """The same of ONNX files, whose 8-bit numbers are made float before they are multiplied: on every processor."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry('session.disable_quant_qdq', '1')
+    sessions = [onnxruntime.InferenceSession(str(path), options) for path in (found, expected)]
+    return distance(*(session.run(None, {'images': calibration()[0]})[0] for session in sessions))
 
 
 def quantized_inputs(model: 'onnx.ModelProto', name: str) -> list[bool]:
@@ -74,10 +92,29 @@ def quantized_inputs(model: 'onnx.ModelProto', name: str) -> list[bool]:
 
 class TestOnnx:
     def test_int8_is_near_float(self, onnx_file, tmp_path):
-        quantize_file(onnx_file, tmp_path / 'int8.onnx', calibration())
-        assert 0 < error_of(tmp_path / 'int8.onnx', onnx_file) < NEAR
-        infos = [open_file(path).info for path in (onnx_file, tmp_path / 'int8.onnx')]
-        assert infos[1].precision == 'int8' and replace(infos[1], precision='float32', versions={}) == infos[0]
+        path = tmp_path / 'int8.onnx'
+        for reduce_range in (True, False):
+            quantize_file(onnx_file, path, calibration(), reduce_range=reduce_range)
+            assert 0 < exact_error_of(path, onnx_file) < NEAR
+            info = open_file(path).info
+            assert info.precision == 'int8' and info.exact_products == (not reduce_range)
+            plain = replace(info, precision='float32', exact_products=False, versions={})
+            assert plain == open_file(onnx_file).info
+
+    def test_half_of_the_range_takes_seven_bits(self, network):
+        """So no sum of two products saturates; see test_saturation.py."""
+        for reduce_range, highest in ((True, 64), (False, 127)):
+            model = network.quantized(network.structure.layers, reduce_range)
+            arrays = [onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer]
+            weights = [array for array in arrays if array.dtype == np.int8 and array.ndim == 4]
+            assert max(int(abs(weight.astype(int)).max()) for weight in weights) == highest
+
+    def test_what_runs_here_is_right_here(self, onnx_file, tmp_path):
+        """Where products saturate, half of the range is taken unless one asks for all."""
+        path = tmp_path / 'int8.onnx'
+        quantize_file(onnx_file, path, calibration())
+        assert open_file(path).info.exact_products == (not open_file(path).saturates())
+        assert 0 < error_of(path, onnx_file) < NEAR
 
     def test_weights_have_a_scale_for_each_channel(self, network):
         model = network.quantized(network.structure.layers)
@@ -155,6 +192,7 @@ def test_openvino_is_near_float_and_keeps_chosen_layers(network, tmp_path):
     kept = next(layer for layer in network.structure.layers if layer.module.endswith('stem.conv2'))
     quantize_file(path, tmp_path / 'int8.xml', calibration(), [kept])
     assert 0 < error_of(tmp_path / 'int8.xml', path) < NEAR
+    assert open_file(path).saturates() != open_file(tmp_path / 'int8.xml').info.exact_products
     model = openvino.Core().read_model(tmp_path / 'int8.xml')
     convs = [op for op in model.get_ordered_ops() if 'Convolution' in op.get_type_name()]
     # NNCF itself leaves squeeze-and-excitation in float.
@@ -193,6 +231,127 @@ def test_executorch_is_near_float(tmp_path, onnx_file):
     assert goal.stat().st_size < 0.7 * onnx_file.stat().st_size and open_file(goal).info.precision == 'int8'
 
 
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory) -> Config:
+    """A small segmentor's config on a few images."""
+    folder = tmp_path_factory.mktemp('shapes')
+    write_shapes(folder, train=4, val=3, size=64, seed=0)
+    cfg = small_config('semantic_fpn')
+    for loader in (cfg.train_dataloader, cfg.test_dataloader):
+        loader.dataset.data_root = str(folder / Path(loader.dataset.data_root).relative_to('data/shapes'))
+        loader.num_workers, loader.persistent_workers = 0, False
+    return cfg
+
+
+@pytest.mark.slow
+class TestBothRanges:
+    """Where products saturate, files of both ranges are made."""
+
+    def export(self, cfg: Config, path: Path, **options: object) -> Int8Report:
+        exportable = Exportable.prepare(fuse_model(small_model('semantic_fpn')), cfg, None, 'onnx', OPTIONS)
+        return export_int8(exportable, path, cfg, Int8Options(4, max_drop=100.0, **options), rounds=0)
+
+    @pytest.fixture
+    def measured(self, monkeypatch) -> dict[str, float]:
+        """What the metric says of each file, in the order in which they are tested."""
+        values = {'float32': 50.0, 'int8': 48.0, HALF_RANGE: 49.5}
+        names = iter([])
+
+        def evaluate(cfg: Config, path: Path) -> dict[str, float]:
+            nonlocal names
+            names = iter(values) if path.parent.name == 'float32' else names
+            name = next(names)
+            assert path.parent.name == name
+            return {'mIoU': values[name]}
+
+        monkeypatch.setattr('repvit_mm.deploy.int8.evaluate', evaluate)
+        return values
+
+    @pytest.fixture
+    def saturating(self, monkeypatch) -> None:
+        monkeypatch.setattr(OnnxRuntime, 'saturates', classmethod(lambda cls: True))
+
+    @pytest.mark.parametrize(('full', 'kept'), [(48.0, HALF_RANGE), (49.9, 'int8')])
+    def test_the_better_one_is_kept(self, shapes, tmp_path, measured, saturating, full, kept):
+        measured['int8'] = full
+        found = self.export(shapes, tmp_path / 'a.onnx')
+        assert {candidate.precision for candidate in found.candidates} == {'float32', 'int8', HALF_RANGE}
+        assert found.candidates[-1].precision == kept and f'{kept} is kept, the better one by the metric' in str(found)
+        info = open_file(tmp_path / 'a.onnx').info
+        assert info.precision == 'int8' and not info.exact_products, 'it was measured here'
+        largest = 64 if kept == HALF_RANGE else 127
+        arrays = map(onnx.numpy_helper.to_array, onnx.load(tmp_path / 'a.onnx').graph.initializer)
+        weights = [array for array in arrays if array.dtype == np.int8 and array.ndim == 4]
+        assert max(int(abs(weight.astype(int)).max()) for weight in weights) == largest
+        assert f'"precision": "{kept}"' in (tmp_path / 'a.onnx.int8.json').read_text()
+
+    def test_without_a_metric_half_of_the_range_is_kept(self, shapes, tmp_path, saturating):
+        cfg = copy.deepcopy(shapes)
+        cfg.test_dataloader.dataset.data_root = str(tmp_path / 'nowhere')
+        found = self.export(cfg, tmp_path / 'a.onnx')
+        assert found.candidates[-1].precision == HALF_RANGE
+        assert 'which is right on every processor' in str(found) and 'the metric was not measured' in str(found)
+
+    def test_what_is_asked_for_is_made_alone(self, shapes, tmp_path, saturating):
+        found = self.export(shapes, tmp_path / 'a.onnx', reduce_range=True)
+        assert [candidate.precision for candidate in found.candidates] == ['float32', HALF_RANGE]
+
+    def test_exact_products_need_one_file_which_says_so(self, shapes, tmp_path, monkeypatch):
+        monkeypatch.setattr(OnnxRuntime, 'saturates', classmethod(lambda cls: False))
+        found = self.export(shapes, tmp_path / 'a.onnx')
+        assert [candidate.precision for candidate in found.candidates] == ['float32', 'int8']
+        assert open_file(tmp_path / 'a.onnx').info.exact_products
+        assert '--reduce-range makes a file for every processor' in str(found)
+
+
+class Outputs:
+    """A file's outputs, one image at a time."""
+
+    def __init__(self, task: str, **outputs: np.ndarray) -> None:
+        self.info, self.outputs = FileInfo(task, tuple(outputs)), outputs
+
+    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: array[: len(images)] for name, array in self.outputs.items()}
+
+
+class TestBrokenFiles:
+    """Only they are refused before the metric is known."""
+
+    IMAGES = tuple(np.zeros((1, 3, 8, 8), np.float32) for _ in range(2))
+
+    def detections(self, boxes: np.ndarray, scores: np.ndarray) -> Outputs:
+        labels = np.where(scores > 0, 1, -1)
+        return Outputs('detection', boxes=boxes, scores=scores, labels=labels, count=(scores > 0).sum(1))
+
+    def test_one_weak_detection_of_three_does_not_decide(self):
+        boxes = np.random.default_rng(0).uniform(0, 100, (2, 3, 4)).astype(np.float32)
+        scores = np.array([[0.9, 0.8, 0.75], [0.9, 0.7, 0.0]], np.float32)
+        other = scores.copy()
+        other[0, 2] = 0.0
+        found = check_int8(self.detections(boxes, scores), self.detections(boxes + 0.4, other), self.IMAGES)
+        assert found.tolerated and '1 have no counterpart' in found.text
+
+    @pytest.mark.parametrize('broken', ['nothing', 'elsewhere', 'nan'])
+    def test_detector(self, broken):
+        boxes = np.random.default_rng(0).uniform(0, 100, (2, 5, 4)).astype(np.float32)
+        scores = np.full((2, 5), 0.8, np.float32)
+        wrong = {
+            'nothing': (boxes, 0 * scores),
+            'elsewhere': (boxes + 50, scores),
+            'nan': (boxes * np.float32('nan'), scores),
+        }
+        with pytest.raises(ExportError, match=r'too far off the float file: .* have no counterpart'):
+            check_int8(self.detections(boxes, scores), self.detections(*wrong[broken]), self.IMAGES)
+
+    def test_segmentor(self):
+        labels = np.random.default_rng(0).integers(0, 5, (2, 8, 8))
+        right = Outputs('segmentation', labels=labels)
+        some = np.where(np.random.default_rng(1).random(labels.shape) < 0.2, 0, labels)
+        assert check_int8(right, Outputs('segmentation', labels=some), self.IMAGES).tolerated
+        with pytest.raises(ExportError, match='of pixels have another label'):
+            check_int8(right, Outputs('segmentation', labels=0 * labels), self.IMAGES)
+
+
 def report(before: float, after: float) -> Int8Report:
     candidates = [Candidate('float32', 4, {'mIoU': before}), Candidate('int8', 1, {'mIoU': after})]
     return Int8Report(Path('a.xml'), candidates, Sensitivity({}, {}, (), 4), (), 4)
@@ -204,8 +363,14 @@ class TestJudging:
 
     @pytest.mark.parametrize('after', [83.9, float('nan')])
     def test_what_loses_too_much_is_refused(self, after):
-        with pytest.raises(ExportError, match=r'points of mIoU .* more than --max-drop 1'):
+        with pytest.raises(ExportError, match=r'points of mIoU .* more than --max-drop 1.*or take --reduce-range'):
             judge(report(85.0, after), 1.0)
+
+    def test_refusal_does_not_advise_what_was_tried(self):
+        tried = report(85.0, 83.0)
+        tried.candidates.insert(1, Candidate(HALF_RANGE, 1, {'mIoU': 82.0}))
+        with pytest.raises(ExportError, match=r'by --float-layers$'):
+            judge(tried, 1.0)
 
     def test_metrics_in_points(self):
         metrics = {'coco/bbox_mAP': 0.546, 'coco/bbox_mAP_50': 0.865, 'coco/segm_mAP': 0.604}

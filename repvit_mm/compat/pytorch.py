@@ -142,8 +142,9 @@ def gelu_(x: Tensor) -> Tensor:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions that multiply bfloat16: AVX512-BF16 or AMX."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """Whether the processor has instructions that multiply bfloat16, AVX512-BF16 or AMX, and oneDNN may use them."""
+    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return has and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def conv_with_exact_bias(x: Tensor, weight: Tensor, bias: Tensor, options: ConvOptions) -> Tensor:

@@ -27,8 +27,8 @@ from .graph import ExportError
 from .load import plain_datasets, test_dataset
 from .metadata import KEY, FileInfo
 from .prediction import fit_image
-from .quantize import write_executorch, write_onnx, write_openvino
-from .runtimes import Runtime, RuntimeFileError, has_bfloat16, open_file
+from .quantize import SATURATING, write_executorch, write_onnx, write_openvino
+from .runtimes import RUNTIMES, Runtime, RuntimeFileError, has_bfloat16, open_file
 from .sensitivity import Sensitivity, measure
 from .structure import Layer
 from .timing import Spread, interleave
@@ -40,6 +40,9 @@ LIBRARIES = {
     'executorch': ('onnx', 'onnxruntime', 'executorch', 'torchao'),
 }
 """Target that supports int8 -> the distributions that it needs. ONNX Runtime measures sensitivity for all of them."""
+
+HALF_RANGE = 'int8, half range'
+"""What the report calls a file whose weights take half of their range; the other one is ``'int8'``."""
 
 TRIED_ON = 4
 """How many images of the test data set an int8 file's outputs are compared on."""
@@ -53,7 +56,8 @@ class Int8Options:
         images: How many images of the training data set to calibrate on.
         max_drop: A file that loses more points of AP or mIoU is refused.
         float_layers: Layers whose module's name contains one of these stay in float, whatever was measured.
-        reduce_range: Whether to keep weights in half of their range, for processors without VNNI.
+        reduce_range: Whether to keep weights in half of their range, for processors on which products saturate. Where
+            they do so, both are made and the better one is kept.
     """
 
     images: int = 128
@@ -170,38 +174,48 @@ def export_int8(
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.', dir=path.parent) as scratch:
-        folders = {name: Path(scratch, name) for name in ('float32', 'bfloat16', 'int8')}
+        saturates = RUNTIMES[path.suffix].saturates()
+        variants = [HALF_RANGE] if int8.reduce_range else ['int8', HALF_RANGE] if saturates else ['int8']
+        folders = {name: Path(scratch, name) for name in ('float32', 'bfloat16', *variants)}
         for folder in folders.values():
             folder.mkdir()
         files = {name: folder / path.name for name, folder in folders.items()}
         export(exportable, files['float32'], images, rounds=0)
         info = open_file(files['float32']).info
         calibration = calibration_images(cfg, info, int8.images)
+        # Where products saturate, a file of the full range is kept only if it is the better one even so.
+        exact = target in SATURATING and not saturates
+        infos = {name: replace(info, exact_products=exact and name == 'int8') for name in variants}
         try:
-            sensitivity, kept = _quantize(exportable, info, files, int8, calibration)
-            runs = {name: open_file(files[name], torch.get_num_threads()) for name in ('float32', 'int8')}
+            sensitivity, kept = _quantize(exportable, info, files, infos, int8.float_layers, calibration)
+            runs = {name: open_file(files[name], torch.get_num_threads()) for name in ('float32', *variants)}
         except (RuntimeFileError, ExportError) as error:
             raise ExportError(str(error)) from error
         except Exception as error:  # quantizers raise anything
             raise ExportError(f'{target} cannot hold this model in int8: {one_line(error, 300)}') from error
         report = Int8Report(path, [], sensitivity, kept, len(calibration))
         tried = dataset_images(test_dataset(cfg), cfg, info, TRIED_ON) or calibration[:TRIED_ON]
-        report.difference = check_int8(runs['float32'], runs['int8'], tried, graph.limit)
         if target == 'openvino' and _tell_bfloat16(files['float32'], files['bfloat16'], info):
             runs = {
                 'float32': runs['float32'],
                 'bfloat16': open_file(files['bfloat16'], torch.get_num_threads()),
             } | runs
         points = {name: _points(cfg, files[name], info, report) for name in runs}
+        chosen = choose({name: points[name] for name in variants})
+        report.difference = check_int8(runs['float32'], runs[chosen], tried, graph.limit)
         times = {}
         if rounds:
             turns = {name: lambda run=run: run.run(tried[0]) for name, run in runs.items()}
             times = interleave(turns, rounds, torch.device('cpu'), 'timing')
-        for name in runs:
+        for name in sorted(runs, key=chosen.__eq__):  # it comes last
             size = sum(file.stat().st_size for file in folders[name].iterdir())
             report.candidates.append(Candidate(name, size, points[name], times.get(name)))
+        if saturates:
+            report.notes.append(about_saturation(variants, chosen, bool(points[chosen])))
+        elif infos[chosen].exact_products:
+            report.notes.append('made for processors with VNNI or AMX: --reduce-range makes a file for every processor')
         judge(report, int8.max_drop)
-        for file in sorted(folders['int8'].iterdir(), key=lambda file: file == files['int8']):
+        for file in sorted(folders[chosen].iterdir(), key=lambda file: file == files[chosen]):
             file.replace(path.parent / file.name)
         path.with_name(f'{path.name}.int8.json').write_text(report.to_json())
     return report
@@ -225,10 +239,14 @@ def _quantize(
     exportable: Exportable,
     info: FileInfo,
     files: Mapping[str, Path],
-    int8: Int8Options,
+    infos: Mapping[str, FileInfo],
+    float_layers: Sequence[str],
     calibration: Sequence[np.ndarray],
 ) -> tuple[Sensitivity, tuple[Layer, ...]]:
-    """Write the int8 file, ``info`` is what the float file says; what was measured, and the layers kept in float."""
+    """Write an int8 file for each of ``infos``; what was measured, and the layers kept in float.
+
+    ``info`` is what the float file says of itself.
+    """
     from .qdq import QdqNetwork
 
     target, options = exportable.target, exportable.options
@@ -237,22 +255,43 @@ def _quantize(
         if target != 'onnx':
             source = Path(scratch, 'model.onnx')
             write_file(build_graph(exportable.model, 'onnx', options), info, 'onnx', source, options)
-        network = QdqNetwork(source, calibration, int8.reduce_range)
+        network = QdqNetwork(source, calibration)
     sensitivity = measure(network, calibration, torch.get_num_threads())
     chosen = set(sensitivity.float_layers)
     kept = tuple(
         layer
         for layer in network.structure.layers
-        if layer in chosen or any(name in layer.module for name in int8.float_layers)
+        if layer in chosen or any(name in layer.module for name in float_layers)
     )
-    goal = files['int8']
-    if target == 'onnx':
-        write_onnx(network, goal, info, kept)
-    elif target == 'openvino':
-        write_openvino(files['float32'], goal, info, calibration, kept, int8.reduce_range)
-    else:
-        write_executorch(exportable.graph, goal, info, calibration, kept)
+    for name, described in infos.items():
+        reduce_range = name == HALF_RANGE
+        if target == 'onnx':
+            write_onnx(network, files[name], described, kept, reduce_range)
+        elif target == 'openvino':
+            write_openvino(files['float32'], files[name], described, calibration, kept, reduce_range)
+        else:
+            write_executorch(exportable.graph, files[name], described, calibration, kept)
     return sensitivity, kept
+
+
+def choose(points: Mapping[str, Mapping[str, float]]) -> str:
+    """Which of some int8 files to keep: the best one by the metric, the first of equals.
+
+    Args:
+        points: Name of a file -> its metrics in points. Where none was measured, half of the range is right everywhere.
+    """
+    if HALF_RANGE in points and not points[HALF_RANGE]:
+        return HALF_RANGE
+    return max(points, key=lambda name: np.nan_to_num(sum(points[name].values()), nan=-np.inf))
+
+
+def about_saturation(variants: Sequence[str], chosen: str, measured: bool) -> str:
+    """A line for the report where products saturate."""
+    line = 'without VNNI, which this processor lacks, int8 products saturate'
+    if len(variants) == 1:
+        return f'{line}: weights take half of their range, as asked for'
+    reason = 'the better one by the metric' if measured else 'which is right on every processor'
+    return f'{line}: files with the full and with half of the range of weights were made, {chosen} is kept, {reason}'
 
 
 def check_int8(
@@ -260,17 +299,19 @@ def check_int8(
 ) -> Difference:
     """Compare an int8 file with its float file on real images, not on noise: it was calibrated on real ones.
 
+    That only finds broken files. How good one is, only the metric can tell.
+
     Raises:
-        ExportError: if they differ by more than int8 can explain.
+        ExportError: if they differ by more than int8 can explain, over all images.
     """
-    tolerance = TOLERANCES['int8']
-    differences = []
+    by_shape: dict[tuple[int, ...], list[np.ndarray]] = {}
     for image in images:
-        outputs = [
-            {**found, 'masks': found['masks'] >= 0.5} if 'masks' in found else found
-            for found in (reference.run(image), runtime.run(image))
-        ]
-        differences.append(compare(reference.info.task, *outputs, tolerance, limit))
+        by_shape.setdefault(image.shape, []).append(image)
+    differences = []
+    for alike in by_shape.values():
+        outputs = [run.run(np.concatenate(alike)) for run in (reference, runtime)]
+        outputs = [{**found, 'masks': found['masks'] >= 0.5} if 'masks' in found else found for found in outputs]
+        differences.append(compare(reference.info.task, *outputs, TOLERANCES['int8'], limit))
     worst = largest(differences)
     if not worst.tolerated:
         raise ExportError(f'the int8 file is too far off the float file: {worst.text}')
@@ -287,9 +328,12 @@ def judge(report: Int8Report, max_drop: float) -> None:
     for name, value in first.points.items():
         drop = value - last.points[name]
         if not drop <= max_drop:
+            advice = 'calibrate on more images, or keep layers in float by --float-layers'
+            if all(candidate.precision != HALF_RANGE for candidate in report.candidates):
+                advice += ', or take --reduce-range if the file is for processors without VNNI'
             raise ExportError(
                 f'int8 loses {drop:.2f} points of {name} ({value:.2f} to {last.points[name]:.2f}), more than '
-                f'--max-drop {max_drop:g}: calibrate on more images, or keep layers in float by --float-layers'
+                f'--max-drop {max_drop:g}: {advice}'
             )
 
 

@@ -52,6 +52,8 @@ class FileInfo:
         mask_threshold: The least probability of a pixel that belongs to a mask.
         precision: The precision in which it computes: ``'float32'``, ``'float16'``, ``'bfloat16'`` where the processor
             has it, or ``'int8'``.
+        exact_products: Whether it was made for processors that add products of 8-bit numbers exactly, by VNNI or the
+            like. Any other file is right on every processor.
         config: Name of the config.
         checkpoint: Name of the checkpoint's file.
         sha256: The checkpoint's SHA-256.
@@ -76,6 +78,7 @@ class FileInfo:
     score_threshold: float = 0.3
     mask_threshold: float = 0.5
     precision: str = 'float32'
+    exact_products: bool = False
     config: str = ''
     checkpoint: str = ''
     sha256: str = ''

@@ -54,11 +54,9 @@ class QdqNetwork:
     Args:
         path: The float file.
         images: Calibration images ``(N, 3, H, W)`` as the file takes them.
-        reduce_range: Whether to keep weights in 7 bits, for processors without VNNI, whose int16 sums overflow.
     """
 
-    def __init__(self, path: Path, images: Sequence[np.ndarray], reduce_range: bool = False) -> None:
-        self.reduce_range = reduce_range
+    def __init__(self, path: Path, images: Sequence[np.ndarray]) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             prepared = Path(scratch, 'prepared.onnx')
             # Without symbolic shape inference, which fails on detectors.
@@ -90,11 +88,12 @@ class QdqNetwork:
         """A copy of the network as it is, prepared."""
         return copy.deepcopy(self._model)
 
-    def quantized(self, layers: Collection[Layer]) -> onnx.ModelProto:
+    def quantized(self, layers: Collection[Layer], reduce_range: bool = False) -> onnx.ModelProto:
         """The network with some layers in int8, and the nodes that only pass on their results.
 
         Args:
             layers: The layers of :attr:`structure` that are quantized.
+            reduce_range: Whether to keep weights in 7 bits, for processors on which products saturate.
         """
         nodes = {layer.name for layer in layers}
         for name, inputs in self._passing.items():
@@ -105,7 +104,7 @@ class QdqNetwork:
         quantizer = QDQQuantizer(
             self.float_model,
             per_channel=True,
-            reduce_range=self.reduce_range,
+            reduce_range=reduce_range,
             weight_qType=QuantType.QInt8,
             activation_qType=QuantType.QUInt8,
             tensors_range=self._ranges,

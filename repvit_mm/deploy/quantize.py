@@ -36,6 +36,9 @@ OPENVINO_KINDS: dict[str, Kind] = {
 }
 """OpenVINO's type of an operator -> its kind; all others are ``'other'``."""
 
+SATURATING = ('onnx', 'openvino')
+"""Targets whose runtimes need VNNI, or the like, to add products of 8-bit numbers exactly."""
+
 TORCH_KINDS: dict[str, Kind] = {
     **dict.fromkeys(('conv2d', 'convolution', 'conv_transpose2d'), 'conv'),
     **dict.fromkeys(('linear', 'matmul', 'bmm', 'mm', 'addmm'), 'linear'),
@@ -48,7 +51,11 @@ TORCH_KINDS: dict[str, Kind] = {
 
 
 def quantize_file(
-    source: str | Path, goal: str | Path, images: Sequence[np.ndarray], kept: Collection[Layer] = ()
+    source: str | Path,
+    goal: str | Path,
+    images: Sequence[np.ndarray],
+    kept: Collection[Layer] = (),
+    reduce_range: bool | None = None,
 ) -> None:
     """Make an int8 file of an exported float file: ``.onnx``, or ``.xml`` with its ``.bin``.
 
@@ -57,6 +64,7 @@ def quantize_file(
         goal: The int8 file, with the same suffix.
         images: Calibration images ``(N, 3, H, W)`` as the file takes them: float32, RGB, values from 0 to 255.
         kept: Layers that stay in float.
+        reduce_range: Whether to keep weights in half of their range. Unless given, where products saturate here.
 
     Raises:
         RuntimeFileError: if the file cannot be opened, is no float file of one of the two formats, or if a library is
@@ -65,15 +73,18 @@ def quantize_file(
     source, goal = Path(source), Path(goal)
     if source.suffix not in ('.onnx', '.xml'):
         raise RuntimeFileError(f'{source} cannot be quantized: expected a name that ends in .onnx or .xml')
-    info = open_file(source).info
+    runtime = open_file(source)
+    info, saturates = runtime.info, runtime.saturates()
+    reduce_range = saturates if reduce_range is None else reduce_range
+    info = replace(info, exact_products=not reduce_range)
     if info.precision != 'float32':
         raise RuntimeFileError(f'{source} cannot be quantized: it is in {info.precision} already, expected float32')
     if source.suffix == '.onnx':
         from .qdq import QdqNetwork
 
-        write_onnx(QdqNetwork(source, images), goal, info, kept)
+        write_onnx(QdqNetwork(source, images), goal, info, kept, reduce_range)
     else:
-        write_openvino(source, goal, info, images, kept)
+        write_openvino(source, goal, info, images, kept, reduce_range)
 
 
 def int8_info(info: FileInfo, *libraries: ModuleType) -> FileInfo:
@@ -82,7 +93,9 @@ def int8_info(info: FileInfo, *libraries: ModuleType) -> FileInfo:
     return replace(info, precision='int8', versions=info.versions | versions)
 
 
-def write_onnx(network: 'QdqNetwork', goal: Path, info: FileInfo, kept: Collection[Layer] = ()) -> None:
+def write_onnx(
+    network: 'QdqNetwork', goal: Path, info: FileInfo, kept: Collection[Layer] = (), reduce_range: bool = False
+) -> None:
     """Write an ONNX network in int8.
 
     Args:
@@ -90,13 +103,15 @@ def write_onnx(network: 'QdqNetwork', goal: Path, info: FileInfo, kept: Collecti
         goal: The file.
         info: What the float file says of itself.
         kept: Layers that stay in float.
+        reduce_range: Whether to keep weights in half of their range, for processors on which products saturate.
     """
     import onnx
     import onnxruntime
 
     from .qdq import set_description
 
-    model = network.quantized([layer for layer in network.structure.layers if not _is_kept(layer, kept)])
+    layers = [layer for layer in network.structure.layers if not _is_kept(layer, kept)]
+    model = network.quantized(layers, reduce_range)
     set_description(model, KEY, int8_info(info, onnxruntime).to_json())
     onnx.save(model, goal)
 
@@ -117,7 +132,7 @@ def write_openvino(
         info: What the float file says of itself.
         images: Calibration images.
         kept: Layers that stay in float.
-        reduce_range: Whether to keep weights in half of their range, for processors without VNNI.
+        reduce_range: Whether to keep weights in half of their range, for processors on which products saturate.
     """
     nncf = import_library('nncf', source)
     openvino = import_library('openvino', source)

@@ -8,6 +8,7 @@ onnxruntime and no torch.
 """
 
 import importlib
+import logging
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import numpy as np
 
 from ..messages import one_line
 from .metadata import KEY, FileInfo, MetadataError
+from .saturation import compile_probe, onnxruntime_saturates, openvino_saturates
 
 INFO_FILE = f'{KEY}.json'
 """Name of the description among the extra files of TorchScript and torch.export."""
@@ -54,6 +56,7 @@ class Runtime(ABC):
                     f'{path} says nothing of its classes and its input: only files of tools/export.py can be run'
                 )
             self.info = FileInfo.from_json(description)
+            self._check_products()
         except RuntimeFileError:
             raise
         except MetadataError as error:
@@ -89,6 +92,19 @@ class Runtime(ABC):
             raise RuntimeFileError(f'{self.library} fails on {self.path}: {one_line(error, 200)}') from error
         return {name: _join(name, part) for name, part in zip(self.info.outputs, zip(*parts, strict=True), strict=True)}
 
+    @classmethod
+    def saturates(cls) -> bool:
+        """Whether products of 8-bit numbers saturate in this runtime on this processor."""
+        return False
+
+    def _check_products(self) -> None:
+        if self.info.exact_products and self.saturates():
+            logging.getLogger(__name__).warning(
+                '%s was made for processors with VNNI: on this one its int8 products saturate, so it may predict '
+                'worse; export it here, or with --reduce-range',
+                self.path,
+            )
+
     def _check(self, images: np.ndarray) -> None:
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
             raise RuntimeFileError(f'{self.path} takes images (N, 3, H, W), not an array of shape {images.shape}')
@@ -108,6 +124,10 @@ class OnnxRuntime(Runtime):
     suffix = '.onnx'
     library = 'onnxruntime'
 
+    @classmethod
+    def saturates(cls) -> bool:
+        return onnxruntime_saturates()
+
     def _load(self, library: ModuleType) -> str | None:
         options = library.SessionOptions()
         options.intra_op_num_threads = self.threads or 0
@@ -126,6 +146,10 @@ class OpenVino(Runtime):
 
     suffix = '.xml'
     library = 'openvino'
+
+    @classmethod
+    def saturates(cls) -> bool:
+        return openvino_saturates()
 
     def _load(self, library: ModuleType) -> str | None:
         if not self.path.with_suffix('.bin').is_file():
@@ -251,8 +275,17 @@ def import_library(name: str, path: Path) -> ModuleType:
 
 
 def has_bfloat16(openvino: ModuleType) -> bool:
-    """Whether OpenVINO multiplies bfloat16 on this processor."""
-    return 'BF16' in openvino.Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES')
+    """Whether OpenVINO multiplies bfloat16 on this processor, and may do so.
+
+    Its list of capabilities tells what the processor has, not what the environment (``ONEDNN_MAX_CPU_ISA``) leaves it.
+    """
+    if 'BF16' not in openvino.Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES'):
+        return False
+    try:
+        compile_probe('bf16')
+    except Exception:  # OpenVINO raises its own kinds
+        return False
+    return True
 
 
 def preprocess(images: np.ndarray, info: FileInfo) -> np.ndarray:

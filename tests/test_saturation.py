@@ -1,0 +1,106 @@
+"""Sums of 8-bit products: which ones saturate, and whether that is noticed."""
+
+import base64
+import importlib.util
+import logging
+import os
+import platform
+import subprocess
+import sys
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from repvit_mm.deploy import runtimes, saturation
+from repvit_mm.deploy.metadata import FileInfo
+
+INT16 = 2**15 - 1
+
+
+def saturating_sum(activations: np.ndarray, weights: np.ndarray) -> int:
+    """A dot product as processors without VNNI add it up: neighbours in 16 bits, with saturation, then all in 32."""
+    products = activations.astype(np.int64) * weights.astype(np.int64)
+    return int(np.clip(products.reshape(-1, 2).sum(1), -INT16 - 1, INT16).sum())
+
+
+def exact_sum(activations: np.ndarray, weights: np.ndarray) -> int:
+    return int(activations.astype(np.int64) @ weights.astype(np.int64))
+
+
+@pytest.mark.parametrize(('highest', 'is_exact'), [(64, True), (127, False)])
+def test_half_of_the_range_never_saturates(highest, is_exact):
+    rng = np.random.default_rng(0)
+    drawn = [(rng.integers(0, 256, 64), rng.integers(-highest, highest + 1, 64)) for _ in range(1000)]
+    extreme = [(np.full(64, 255), np.full(64, sign * highest)) for sign in (1, -1)]
+    same = [saturating_sum(*pair) == exact_sum(*pair) for pair in drawn + extreme]
+    assert all(same) == is_exact and all(same[-2:]) == is_exact
+    assert 2 * 255 * 64 <= INT16 < 2 * 255 * 127
+
+
+def test_network_that_is_tried_is_what_it_is_said_to_be():
+    onnx = pytest.importorskip('onnx')
+    model = onnx.load_model_from_string(zlib.decompress(base64.b85decode(''.join(saturation.ONNX_NETWORK))))
+    onnx.checker.check_model(model)
+    (node,) = model.graph.node
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    weights = tensors[node.input[3]]
+    assert node.op_type == 'QLinearConv' and weights.dtype == np.int8 and (weights == 127).all()
+    scale = tensors[node.input[6]]
+    row = weights[0].ravel()
+    activations = np.full(len(row), 255)
+    assert exact_sum(activations, row) == saturation.EXACT == pytest.approx(saturation.ONNX_EXACT * scale, rel=1e-6)
+    # What a processor without VNNI gives is far enough from it to be told apart.
+    assert saturating_sum(activations, row) < 0.6 * saturation.EXACT
+
+
+@pytest.mark.parametrize('name', ['onnxruntime', 'openvino'])
+def test_it_is_tried_once(name, monkeypatch):
+    library = pytest.importorskip(name)
+    saturates = getattr(saturation, f'{name}_saturates')
+    first = saturates()
+    assert isinstance(first, bool)
+    monkeypatch.delattr(library, 'InferenceSession' if name == 'onnxruntime' else 'Core')
+    assert saturates() is first
+
+
+@pytest.mark.skipif(importlib.util.find_spec('openvino') is None, reason='needs openvino')
+@pytest.mark.skipif(platform.machine() != 'x86_64', reason='needs a processor of this kind')
+def test_without_vnni_openvino_saturates():
+    """oneDNN may be told to leave newer instructions alone, and OpenVINO computes with oneDNN."""
+    code = 'from repvit_mm.deploy.saturation import openvino_saturates; print(openvino_saturates())'
+    environment = {**os.environ, 'ONEDNN_MAX_CPU_ISA': 'AVX2'}
+    done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == 'True'
+
+
+class File(runtimes.Runtime):
+    """A file of which only the description matters."""
+
+    library = 'numpy'
+    info = FileInfo('segmentation', ('labels',))
+
+    def _load(self, library):
+        return self.described.to_json()
+
+    def _run(self, images):
+        return []
+
+
+@pytest.mark.parametrize('saturates', [False, True])
+@pytest.mark.parametrize('exact', [False, True])
+def test_file_for_other_processors_is_told(saturates, exact, monkeypatch, caplog):
+    monkeypatch.setattr(File, 'saturates', classmethod(lambda cls: saturates))
+    monkeypatch.setattr(File, 'described', replace(File.info, precision='int8', exact_products=exact), raising=False)
+    with caplog.at_level(logging.WARNING):
+        File('model.onnx')
+    expected = exact and saturates
+    assert [record.levelname for record in caplog.records] == ['WARNING'] * expected
+    assert not expected or 'model.onnx was made for processors with VNNI' in caplog.text
+
+
+def test_older_descriptions_say_nothing_of_it():
+    values = File.info.to_dict()
+    del values['exact_products']
+    assert FileInfo.from_dict(values).exact_products is False
