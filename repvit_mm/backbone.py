@@ -346,10 +346,8 @@ class ReparamBackbone(BaseModule, ABC):
             return self._maps(x)
         with overwriting(not any(map(has_hooks, tree_of(self)[1:]))):
             on_cpu = x.device.type == 'cpu'
-            # Without gradients a CPU keeps kernels. With checkpointing, a block's second run has to do what its first
-            # one did.
-            apart = self.with_cp if learns else on_cpu
-            with nullcontext() if apart else kernels_together(self):
+            # Without gradients a CPU keeps its kernels.
+            with nullcontext() if on_cpu and not learns else kernels_together(self):
                 return self._maps_in_channels_last(x) if on_cpu and self.channels_last else self._maps(x)
 
     def _check_statistics(self, x: Tensor) -> None:

@@ -32,11 +32,9 @@ from .layers import (
 from .names import FASTVIT_NAMES
 from .recompute import convolve, training_dtype
 from .reparam import (
-    Kernel,
     KernelSum,
     ReparamBlock,
     add_kernels,
-    add_up,
     conv_kernel,
     fold_norm,
     identity_kernel,
@@ -70,21 +68,13 @@ class RepMixer(ReparamBlock):
         """As every block. Where autocast trains it, the sum is float32, as the layer scale makes it in the branches."""
         if training_dtype(x) is None or not self.runs_folded():
             return super().forward(x)
-        if self._shared is None:
-            kernel = add_up(self.residual())
-        else:
-            weight, bias = self._shared
-            kernel = Kernel(weight - identity_weight(weight), bias)
+        weight, bias = self.kernel()
         options = self.stride, self.padding, self.dilation, self.groups
-        return convolve(x, *kernel, *options, recomputes=self.recomputes, residual=True)
-
-    def residual(self) -> KernelSum:
-        """What is added to the map."""
-        difference = subtract_kernel(self.mixer.folded_branches(), fold_norm(identity_kernel(), self.norm))
-        return scale_kernel(difference, self.layer_scale[..., 0, 0])
+        return convolve(x, weight - identity_weight(weight), bias, *options, recomputes=self.recomputes, residual=True)
 
     def folded_branches(self) -> KernelSum:
-        return add_kernels(self.residual(), identity_kernel())
+        difference = subtract_kernel(self.mixer.folded_branches(), fold_norm(identity_kernel(), self.norm))
+        return add_kernels(scale_kernel(difference, self.layer_scale[..., 0, 0]), identity_kernel())
 
 
 class Attention(nn.Module):

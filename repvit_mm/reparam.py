@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .compat.pytorch import BatchNorm, has_hooks, multiply_each, named_tree_of, tensors_of, tree_of
+from .compat.pytorch import BatchNorm, has_hooks, in_backward, multiply_each, named_tree_of, tensors_of, tree_of
 from .recompute import convolve, runs_eagerly
 
 
@@ -248,6 +248,7 @@ class ReparamBlock(nn.Module, ABC):
         self.groups = groups
         self._kept: KeptKernel | None = None
         self._shared: Kernel | None = None  # see kernels_together
+        self._learned: tuple[bool, ...] | None = None  # which parts of the last shared kernel got gradients
 
     @abstractmethod
     def branches(self, x: Tensor) -> Tensor:
@@ -292,11 +293,16 @@ class ReparamBlock(nn.Module, ABC):
         On a CPU, that is; where gradients flow and on a GPU, see :func:`kernels_together`.
         """
         if self._shared is not None:
+            learns = torch.is_grad_enabled()
+            self._learned = tuple(part.requires_grad for part in self._shared) if learns else None
             return self._shared
         if not runs_eagerly():
             return self.equivalent_kernel()
         if not self.keeps_kernel():
             self._kept = None
+            if in_backward() and self._learned is not None:
+                return self._kernel_again(self._learned)
+            self._learned = None
             return self.equivalent_kernel()
         tensors = [tensor for tensor in tensors_of(self) if tensor.is_floating_point()]
         epsilons = [module.eps for module in tree_of(self) if isinstance(module, BatchNorm)]
@@ -306,6 +312,17 @@ class ReparamBlock(nn.Module, ABC):
             with torch.inference_mode(False), torch.no_grad():
                 kept = self._kept = KeptKernel(self.equivalent_kernel(), tensors, epsilons)
         return kept.kernel
+
+    def _kernel_again(self, learned: Iterable[bool]) -> Kernel:
+        """The kernel for the second run of a block whose first run was handed a shared one.
+
+        Checkpointing runs it in the backward pass, for the tensors that operations had saved. Gradients flow through
+        the first run, so this kernel is a value alone; but operations have to save it as they saved the first one. A
+        first run without gradients is the older way of checkpointing: there they flow through the second.
+        """
+        with torch.no_grad():
+            kernel = self.equivalent_kernel()
+        return Kernel(*(part.detach().requires_grad_(learns) for part, learns in zip(kernel, learned, strict=True)))
 
     def forward(self, x: Tensor) -> Tensor:
         if self._shared is None and not self.runs_folded():

@@ -38,6 +38,7 @@ __all__ = [
     'fuses_into_convolutions',
     'gelu_',
     'has_hooks',
+    'in_backward',
     'is_transforming',
     'lost_process',
     'multiplies_bfloat16',
@@ -88,6 +89,11 @@ def is_transforming() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def in_backward() -> bool:
+    """Whether this runs within a backward pass: checkpointing runs modules again there. Its own code asks so."""
+    return torch._C._current_graph_task_id() >= 0
 
 
 def tree_of(module: nn.Module) -> list[nn.Module]:
