@@ -205,7 +205,7 @@ def time_forms(task: Task, outcome: Outcome) -> None:
 def table_of(task: Task, outcome: Outcome) -> Table:
     """A row for each form."""
     table = Table(title=f'{task.name}: RepViT-M0.6 on shapes, trained from scratch, {outcome.blocks} blocks fused')
-    table.add_column('')
+    table.add_column('', no_wrap=True)
     for heading in (*task.metrics, 'file, MB', 'ms an image', 'times the first', 'memory of the process, MiB'):
         table.add_column(heading, justify='right')
     for form in (*ESSENTIALS, *EXTRAS):
