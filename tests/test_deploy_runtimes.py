@@ -118,11 +118,11 @@ def test_batches_are_divided(tmp_path):
 
 def test_shorter_lists_of_detections_are_filled_up():
     lists = [np.full((1, count), 7, np.int64) for count in (0, 3, 2)]
-    np.testing.assert_array_equal(runtimes._join('labels', lists), [[-1, -1, -1], [7, 7, 7], [7, 7, -1]])
-    np.testing.assert_array_equal(runtimes._join('scores', lists), [[0, 0, 0], [7, 7, 7], [7, 7, 0]])
+    np.testing.assert_array_equal(runtimes.join('labels', lists), [[-1, -1, -1], [7, 7, 7], [7, 7, -1]])
+    np.testing.assert_array_equal(runtimes.join('scores', lists), [[0, 0, 0], [7, 7, 7], [7, 7, 0]])
     masks = [np.ones((1, count, 2, 2), bool) for count in (1, 2)]
-    assert runtimes._join('masks', masks).sum() == 12
-    assert runtimes._join('boxes', [np.ones((1, count, 4)) for count in (1, 2)]).shape == (2, 2, 4)
+    assert runtimes.join('masks', masks).sum() == 12
+    assert runtimes.join('boxes', [np.ones((1, count, 4)) for count in (1, 2)]).shape == (2, 2, 4)
 
 
 def test_images_are_normalized_and_padded_for_a_file_that_does_not(tmp_path):

@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 import pytest
 
-from repvit_mm.compat.pytorch import multiplies_bfloat16
 
 sys.path.append(str(Path(__file__).parents[1] / 'tools'))
 _launch, demo = map(importlib.import_module, ('_launch', 'demo'))
@@ -142,6 +141,33 @@ def test_demo_does_not_end_because_of_an_extra(tools, segmentation, monkeypatch)
     }
 
 
-def test_demo_leaves_out_what_the_processor_does_not_multiply():
-    routes = [form.route for form in demo.EXTRAS]
-    assert ('fused_bf16' in routes) == multiplies_bfloat16() and 'openvino_int8' in routes
+def test_demo_says_what_the_processor_does_not_multiply(segmentation, monkeypatch, capsys):
+    monkeypatch.setattr(demo, 'check_dtype', lambda *arguments: 'it has no bfloat16')
+    measured = []
+    monkeypatch.setattr(demo, 'measure', lambda task, form, outcome: measured.append(form.route))
+    found = outcome(segmentation, 85.9)
+    for form in demo.EXTRAS:
+        for of in (found.points, found.files, found.rows):
+            of.pop(form.route, None)
+        demo.measure_extra(demo.TASKS[0], form, found)
+    assert measured == ['openvino_int8']
+    demo.report({'segmentation': found})
+    reason = 'segmentation, fused, bfloat16; compiled, bfloat16; OpenVINO bfloat16: it has no bfloat16'
+    assert reason in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize('error', [demo.WrongRoute, demo.WorkerError])
+def test_demo_does_not_end_because_of_a_clock(segmentation, monkeypatch, capsys, error):
+    def measure_model(*arguments: object) -> None:
+        raise error('its process ended with status 9')
+
+    monkeypatch.setattr(demo, 'read_config', lambda *arguments: None)
+    monkeypatch.setattr(demo, 'build', lambda *arguments: torch.nn.Identity())
+    monkeypatch.setattr(demo, 'input_size', lambda cfg: (192, 192))
+    monkeypatch.setattr(demo, 'measure_model', measure_model)
+    found = outcome(segmentation, 85.9)
+    demo.time_forms(demo.TASKS[0], found)
+    assert not found.rows and found.points
+    demo.report({'segmentation': found})
+    shown = capsys.readouterr().out
+    assert 'OpenVINO int8: not timed: its process ended with status 9' in shown and shown.count('not timed') == 1

@@ -17,11 +17,13 @@ from _launch import TOOLS, ToolError, read_config, run_test, run_tool, start
 from rich.console import Console
 from rich.table import Table
 
-from repvit_mm.compat.pytorch import multiplies_bfloat16
 from repvit_mm.deploy.benchmark.models import FORMS, build, measure_model
+from repvit_mm.deploy.benchmark.routes import LeftOut, WrongRoute
+from repvit_mm.deploy.benchmark.worker import WorkerError
 from repvit_mm.deploy.load import input_size
 from repvit_mm.deploy.picture import montage
 from repvit_mm.files import write_whole
+from repvit_mm.precision import check_dtype
 from repvit_mm.reparam import reparam_blocks
 
 CONFIGS = TOOLS.parent / 'configs'
@@ -66,17 +68,13 @@ ESSENTIALS = (
     Form('ONNX', 'onnxruntime', export=('--to', 'onnx'), suffix='.onnx'),
 )
 """Forms that have to give the same metrics."""
-EXTRAS = tuple(
-    form
-    for form in (
-        Form('fused, bfloat16', 'fused_bf16', ('--fuse', *BFLOAT16)),
-        Form('compiled, bfloat16', 'compiled_bf16', ('--fuse', '--compile', *BFLOAT16)),
-        Form('OpenVINO bfloat16', 'openvino_bf16', export=('--to', 'openvino', '--bf16'), suffix='.xml'),
-        Form('OpenVINO int8', 'openvino_int8', export=('--to', 'openvino', '--int8'), suffix='.xml'),
-    )
-    if multiplies_bfloat16() or 'bf16' not in form.route
+EXTRAS = (
+    Form('fused, bfloat16', 'fused_bf16', ('--fuse', *BFLOAT16)),
+    Form('compiled, bfloat16', 'compiled_bf16', ('--fuse', '--compile', *BFLOAT16)),
+    Form('OpenVINO bfloat16', 'openvino_bf16', export=('--to', 'openvino', '--bf16'), suffix='.xml'),
+    Form('OpenVINO int8', 'openvino_int8', export=('--to', 'openvino', '--int8'), suffix='.xml'),
 )
-"""Forms of less precision, those that are worth while on this processor."""
+"""Forms of less precision."""
 SAME = 0.15
 """By how many points the metrics of two equal forms may differ: MMDetection rounds to a tenth."""
 
@@ -182,7 +180,10 @@ def measure(task: Task, form: Form, outcome: Outcome) -> None:
 
 
 def measure_extra(task: Task, form: Form, outcome: Outcome) -> None:
-    """The same, but what fails is noted."""
+    """The same, but what fails is noted, and what would be slower on this processor."""
+    if form.route.endswith('_bf16') and (reason := check_dtype('bfloat16', 'cpu')):
+        outcome.refused[form.route] = reason
+        return
     try:
         measure(task, form, outcome)
     except ToolError as error:
@@ -190,13 +191,16 @@ def measure_extra(task: Task, form: Form, outcome: Outcome) -> None:
 
 
 def time_forms(task: Task, outcome: Outcome) -> None:
-    """Time all forms that were had, in turns."""
+    """Time all forms that were had, in turns; what cannot be timed is noted."""
     cfg = read_config(task.config, {})
     model = build(cfg, str(outcome.checkpoint))
     outcome.blocks = len(reparam_blocks(model))
     left_out: dict[str, str] = {}
     routes, cpu = list(outcome.points), torch.device('cpu')
-    rows = measure_model(task.name, model, cfg, routes, 1, input_size(cfg), ROUNDS, cpu, left_out, outcome.files)
+    try:
+        rows = measure_model(task.name, model, cfg, routes, 1, input_size(cfg), ROUNDS, cpu, left_out, outcome.files)
+    except (LeftOut, WrongRoute, WorkerError) as error:
+        rows, left_out = [], {f'{task.name} {route}': str(error) for route in routes}
     outcome.rows = {row['route']: row for row in rows}
     for name, reason in left_out.items():
         outcome.refused[name.removeprefix(f'{task.name} ')] = f'not timed: {reason}'
@@ -222,9 +226,12 @@ def table_of(task: Task, outcome: Outcome) -> Table:
 
 
 def remarks(task: Task, outcome: Outcome) -> list[str]:
-    """A line for each form that could not be had, and for each that differs from the unfused network in a metric."""
-    headings = {form.route: form.heading for form in (*ESSENTIALS, *EXTRAS)}
-    lines = [f'{task.name}, {headings[route]}: {reason}' for route, reason in outcome.refused.items()]
+    """A line for each reason why forms could not be had, and for each form that differs from the unfused network."""
+    headings: dict[str, list[str]] = {}
+    for form in (*ESSENTIALS, *EXTRAS):
+        if form.route in outcome.refused:
+            headings.setdefault(outcome.refused[form.route], []).append(form.heading)
+    lines = [f'{task.name}, {"; ".join(names)}: {reason}' for reason, names in headings.items()]
     for form in EXTRAS:
         for label, value in outcome.points.get(form.route, {}).items():
             if not abs(change := value - outcome.points[UNFUSED.route][label]) < 1:

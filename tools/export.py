@@ -72,7 +72,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     quantization.add_argument(
         '--reduce-range',
         action='store_true',
-        help='use half of the range of int8 for weights, for processors without VNNI; on one of these both are tried',
+        help='weights in half of the range of int8: right on processors without VNNI, too (default: on one of these, '
+        'files of both ranges are made and the better one is kept)',
     )
     parser.add_argument('--logits', action='store_true', help="a segmentor's logits instead of its labels")
     parser.add_argument('--opset', type=int, default=OPSET, help=f'opset of an ONNX file (default: {OPSET})')

@@ -28,11 +28,11 @@ from .load import plain_datasets, test_dataset
 from .metadata import KEY, FileInfo
 from .prediction import fit_image
 from .quantize import SATURATING, write_executorch, write_onnx, write_openvino
-from .runtimes import RUNTIMES, Runtime, RuntimeFileError, has_bfloat16, open_file
+from .runtimes import RUNTIMES, Runtime, RuntimeFileError, has_bfloat16, join, open_file
 from .sensitivity import Sensitivity, measure
 from .structure import Layer
 from .timing import Spread, interleave
-from .verify import TOLERANCES, Difference, compare, largest
+from .verify import TOLERANCES, Difference, compare
 
 LIBRARIES = {
     'onnx': ('onnx', 'onnxruntime'),
@@ -47,6 +47,9 @@ HALF_RANGE = 'int8, half range'
 TRIED_ON = 4
 """How many images of the test data set an int8 file's outputs are compared on."""
 
+LOGITS = 0.7
+"""Largest relative L2 error of a segmentor's logits, which its metric judges: zeros are off by 1, noise by more."""
+
 
 @dataclass(frozen=True)
 class Int8Options:
@@ -56,8 +59,8 @@ class Int8Options:
         images: How many images of the training data set to calibrate on.
         max_drop: A file that loses more points of AP or mIoU is refused.
         float_layers: Layers whose module's name contains one of these stay in float, whatever was measured.
-        reduce_range: Whether to keep weights in half of their range, for processors on which products saturate. Where
-            they do so, both are made and the better one is kept.
+        reduce_range: Whether to keep weights in half of their range, for processors on which products saturate. If
+            not, and if they do so here, files of both ranges are made and the better one is kept.
     """
 
     images: int = 128
@@ -167,6 +170,8 @@ def export_int8(
     """
     graph, target = exportable.graph, exportable.target
     check_target(target, path, exportable.options)
+    if int8.reduce_range and target not in SATURATING:
+        raise ExportError(f'--reduce-range: products do not saturate in {target}, leave it out')
     if target == 'executorch' and graph.task == 'detection':
         raise ExportError(
             '--int8 for executorch takes segmentors and backbones: its quantizer makes the indices of boxes float, '
@@ -201,7 +206,7 @@ def export_int8(
                 'bfloat16': open_file(files['bfloat16'], torch.get_num_threads()),
             } | runs
         points = {name: _points(cfg, files[name], info, report) for name in runs}
-        chosen = choose({name: points[name] for name in variants})
+        chosen = choose(points['float32'], {name: points[name] for name in variants})
         report.difference = check_int8(runs['float32'], runs[chosen], tried, graph.limit)
         times = {}
         if rounds:
@@ -214,7 +219,7 @@ def export_int8(
             report.notes.append(about_saturation(variants, chosen, bool(points[chosen])))
         elif infos[chosen].exact_products:
             report.notes.append('made for processors with VNNI or AMX: --reduce-range makes a file for every processor')
-        judge(report, int8.max_drop)
+        judge(report, int8.max_drop, advise_half=target in SATURATING and HALF_RANGE not in variants)
         for file in sorted(folders[chosen].iterdir(), key=lambda file: file == files[chosen]):
             file.replace(path.parent / file.name)
         path.with_name(f'{path.name}.int8.json').write_text(report.to_json())
@@ -274,15 +279,23 @@ def _quantize(
     return sensitivity, kept
 
 
-def choose(points: Mapping[str, Mapping[str, float]]) -> str:
-    """Which of some int8 files to keep: the best one by the metric, the first of equals.
+def choose(reference: Mapping[str, float], points: Mapping[str, Mapping[str, float]]) -> str:
+    """Which of some int8 files to keep: the one whose metrics lose least, the first of equals.
+
+    If any of them may be kept, the chosen one may: what :func:`judge` looks at is the largest loss of a file.
 
     Args:
-        points: Name of a file -> its metrics in points. Where none was measured, half of the range is right everywhere.
+        reference: The float file's metrics in points.
+        points: Name of a file -> its metrics. Where none was measured, half of the range is right everywhere.
     """
     if HALF_RANGE in points and not points[HALF_RANGE]:
         return HALF_RANGE
-    return max(points, key=lambda name: np.nan_to_num(sum(points[name].values()), nan=-np.inf))
+
+    def losses(name: str) -> list[float]:
+        found = [reference[metric] - value for metric, value in points[name].items()]
+        return [float(np.nan_to_num(loss, nan=np.inf)) for loss in (max(found, default=0.0), sum(found))]
+
+    return min(points, key=losses)
 
 
 def about_saturation(variants: Sequence[str], chosen: str, measured: bool) -> str:
@@ -301,25 +314,41 @@ def check_int8(
 
     That only finds broken files. How good one is, only the metric can tell.
 
+    Args:
+        reference: The float file.
+        runtime: The int8 file.
+        images: Batches ``(N, 3, H, W)``; all of them count as one.
+        limit: How many detections of an image there can be.
+
     Raises:
-        ExportError: if they differ by more than int8 can explain, over all images.
+        ExportError: if they differ by more than int8 can explain.
     """
-    by_shape: dict[tuple[int, ...], list[np.ndarray]] = {}
-    for image in images:
-        by_shape.setdefault(image.shape, []).append(image)
-    differences = []
-    for alike in by_shape.values():
-        outputs = [run.run(np.concatenate(alike)) for run in (reference, runtime)]
-        outputs = [{**found, 'masks': found['masks'] >= 0.5} if 'masks' in found else found for found in outputs]
-        differences.append(compare(reference.info.task, *outputs, TOLERANCES['int8'], limit))
-    worst = largest(differences)
-    if not worst.tolerated:
-        raise ExportError(f'the int8 file is too far off the float file: {worst.text}')
-    return worst
+    task, tolerance = reference.info.task, TOLERANCES['int8']
+    if task == 'segmentation':
+        tolerance = replace(tolerance, maps=LOGITS)
+    difference = compare(task, *(_together(run, images) for run in (reference, runtime)), tolerance, limit)
+    if not difference.tolerated:
+        raise ExportError(f'the int8 file is too far off the float file: {difference.text}')
+    return difference
 
 
-def judge(report: Int8Report, max_drop: float) -> None:
+def _together(runtime: Runtime, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """What a file gives for some batches: detections one image after the other, maps and labels one place after it."""
+    found = [runtime.run(batch) for batch in images]
+    outputs = {name: [part[name] for part in found] for name in found[0]}
+    if runtime.info.task != 'detection':
+        return {name: np.concatenate([part.ravel() for part in parts]) for name, parts in outputs.items()}
+    joined = {name: join(name, parts) for name, parts in outputs.items()}
+    return {**joined, 'masks': joined['masks'] >= 0.5} if 'masks' in joined else joined
+
+
+def judge(report: Int8Report, max_drop: float, advise_half: bool = False) -> None:
     """Refuse an int8 file that loses more than it may.
+
+    Args:
+        report: The files and their metrics.
+        max_drop: How many points any of them may be lower.
+        advise_half: Whether half of the range of weights might help and was not tried.
 
     Raises:
         ExportError: if one of its metrics does, or is not a number.
@@ -329,7 +358,7 @@ def judge(report: Int8Report, max_drop: float) -> None:
         drop = value - last.points[name]
         if not drop <= max_drop:
             advice = 'calibrate on more images, or keep layers in float by --float-layers'
-            if all(candidate.precision != HALF_RANGE for candidate in report.candidates):
+            if advise_half:
                 advice += ', or take --reduce-range if the file is for processors without VNNI'
             raise ExportError(
                 f'int8 loses {drop:.2f} points of {name} ({value:.2f} to {last.points[name]:.2f}), more than '

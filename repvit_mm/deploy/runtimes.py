@@ -90,7 +90,7 @@ class Runtime(ABC):
             parts = [self._run(images[start : start + batch]) for start in range(0, len(images), batch)]
         except Exception as error:
             raise RuntimeFileError(f'{self.library} fails on {self.path}: {one_line(error, 200)}') from error
-        return {name: _join(name, part) for name, part in zip(self.info.outputs, zip(*parts, strict=True), strict=True)}
+        return {name: join(name, part) for name, part in zip(self.info.outputs, zip(*parts, strict=True), strict=True)}
 
     @classmethod
     def saturates(cls) -> bool:
@@ -303,8 +303,13 @@ def preprocess(images: np.ndarray, info: FileInfo) -> np.ndarray:
     return np.pad((images - mean) / std, ((0, 0), (0, 0), (0, more[0]), (0, more[1])))
 
 
-def _join(name: str, parts: Sequence[np.ndarray]) -> np.ndarray:
-    """One output of all images. Shorter lists of detections are filled up: no score, no class."""
+def join(name: str, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """One output of all images. Shorter lists of detections are filled up: no score, no class.
+
+    Args:
+        name: The output's name.
+        parts: What was given for some images each, ``(N_i, ...)``.
+    """
     if len(parts) == 1:
         return parts[0]
     if name in ('boxes', 'scores', 'labels', 'masks') and len({part.shape[1:] for part in parts}) > 1:

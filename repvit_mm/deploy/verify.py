@@ -29,6 +29,7 @@ class Tolerance:
         scores: Difference of a score.
         masks: One minus the IoU of a mask with the framework's, a single pixel aside.
         detections: Share of detections without a counterpart.
+        few: This many without a counterpart are not too many, whatever their share.
     """
 
     maps: float = 1e-4
@@ -37,6 +38,7 @@ class Tolerance:
     scores: float = 1e-3
     masks: float = 5e-3
     detections: float = 0.0
+    few: int = 0
 
 
 TOLERANCES = {
@@ -44,8 +46,8 @@ TOLERANCES = {
     'float16': Tolerance(maps=2e-2, pixels=2e-2, boxes=2.0, scores=2e-2, masks=0.05, detections=0.05),
     # Only the metric tells whether a file of so few bits detects well; these limits find broken ones. A region that
     # moves a little may get quite another score and mask, and where an image has three detections, that is a third.
-    'bfloat16': Tolerance(maps=5e-2, pixels=3e-2, boxes=4.0, scores=0.2, masks=0.5, detections=0.3),
-    'int8': Tolerance(maps=0.3, pixels=0.5, boxes=8.0, scores=0.3, masks=1.0, detections=0.7),
+    'bfloat16': Tolerance(maps=5e-2, pixels=3e-2, boxes=4.0, scores=0.2, masks=0.5, detections=0.3, few=1),
+    'int8': Tolerance(maps=0.3, pixels=0.5, boxes=8.0, scores=0.3, masks=1.0, detections=0.7, few=3),
 }
 """Precision of a file's weights -> how much it may differ from the float32 model."""
 
@@ -210,14 +212,14 @@ def _compare_detections(expected: Outputs, found: Outputs, tolerance: Tolerance,
         alone += sum(actual['scores'][b] > certain for b in range(len(actual['scores'])) if b not in taken)
     if not pairs + alone:
         return Difference(f'nothing was compared, neither detects anything above a score of {SCORE}', -1.0)
-    share = alone / (pairs + alone)
+    share = alone / (pairs + alone) if alone > tolerance.few else 0.0
     text = f'{pairs} detections differ by at most {boxes:.1e} pixels and {scores:.1e} in score'
     if 'masks' in expected:
         text += f', their masks have an IoU of at least {1 - masks:.4f}'
     if alone:
         text += f', {alone} have no counterpart within {tolerance.boxes} pixels and {tolerance.scores} in score'
     # The boxes and scores of pairs lie within the tolerance, or they were none.
-    missing = share / tolerance.detections if tolerance.detections else (np.inf if alone else 0.0)
+    missing = share / tolerance.detections if tolerance.detections else (np.inf if share else 0.0)
     return Difference(text, max(missing, masks / tolerance.masks))
 
 
