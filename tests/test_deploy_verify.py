@@ -81,6 +81,15 @@ def test_share_of_detections():
     assert not compare('detection', detections(*FEW), detections(*FEW[:1]), loose).tolerated
 
 
+def test_few_detections_do_not_decide():
+    for few in (0, 1):
+        one_of_three = compare('detection', detections(*FEW), detections(*FEW[:2]), Tolerance(detections=0.3, few=few))
+        assert one_of_three.tolerated == bool(few) and '1 have no counterpart' in one_of_three.text
+    exact = compare('detection', detections(*FEW), detections(*FEW[:2]), Tolerance(few=1))
+    assert exact.tolerated
+    assert not compare('detection', detections(*FEW), detections(*FEW[:1]), Tolerance(few=1)).tolerated
+
+
 def test_labels():
     right = np.zeros((1, 50, 50), np.int64)
     other = right.copy()

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from repvit_mm.deploy.benchmark.models import FORMS, build, measure_model
-from repvit_mm.deploy.benchmark.routes import LeftOut, WrongRoute
+from repvit_mm.deploy.benchmark.routes import LeftOut
 from repvit_mm.deploy.benchmark.worker import WorkerError
 from repvit_mm.deploy.load import input_size
 from repvit_mm.deploy.picture import montage
@@ -199,7 +199,7 @@ def time_forms(task: Task, outcome: Outcome) -> None:
     routes, cpu = list(outcome.points), torch.device('cpu')
     try:
         rows = measure_model(task.name, model, cfg, routes, 1, input_size(cfg), ROUNDS, cpu, left_out, outcome.files)
-    except (LeftOut, WrongRoute, WorkerError) as error:
+    except (LeftOut, WorkerError) as error:
         rows, left_out = [], {f'{task.name} {route}': str(error) for route in routes}
     outcome.rows = {row['route']: row for row in rows}
     for name, reason in left_out.items():

@@ -291,9 +291,10 @@ def choose(reference: Mapping[str, float], points: Mapping[str, Mapping[str, flo
     if HALF_RANGE in points and not points[HALF_RANGE]:
         return HALF_RANGE
 
-    def losses(name: str) -> list[float]:
-        found = [reference[metric] - value for metric, value in points[name].items()]
-        return [float(np.nan_to_num(loss, nan=np.inf)) for loss in (max(found, default=0.0), sum(found))]
+    def losses(name: str) -> tuple[float, float]:
+        differences = [reference[metric] - value for metric, value in points[name].items()]
+        found = np.nan_to_num(differences, nan=np.inf)
+        return found.max(initial=-np.inf), found.sum()
 
     return min(points, key=losses)
 
