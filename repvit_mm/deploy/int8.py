@@ -360,7 +360,7 @@ def judge(report: Int8Report, max_drop: float, advise_half: bool = False) -> Non
         if not drop <= max_drop:
             advice = 'calibrate on more images, or keep layers in float by --float-layers'
             if advise_half:
-                advice += ', or take --reduce-range if the file is for processors without VNNI'
+                advice += ', or take --reduce-range, half of the range of weights, which processors without VNNI need'
             raise ExportError(
                 f'int8 loses {drop:.2f} points of {name} ({value:.2f} to {last.points[name]:.2f}), more than '
                 f'--max-drop {max_drop:g}: {advice}'
