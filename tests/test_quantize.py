@@ -39,8 +39,8 @@ from repvit_mm.deploy.structure import Layer  # noqa: E402
 SIZE = (64, 64)
 OPTIONS = Options(sizes=(SIZE,), logits=True)
 NEAR = 0.2
-"""Relative L2 error of an int8 file's logits: a network that was not trained is off by 0.07 to 0.11 in the full range of
-weights, by 0.12 to 0.15 in half of it, and by 0.45 where products saturate in OpenVINO."""
+"""Relative L2 error of an int8 file's logits: a network that was not trained is off by 0.07 to 0.11 in the full range
+of weights, by 0.12 to 0.15 in half of it, and by 0.45 where products saturate in OpenVINO."""
 
 
 def calibration(count: int = 4) -> list[np.ndarray]:
