@@ -5,16 +5,18 @@ import importlib.util
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import zlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from repvit_mm.deploy import runtimes, saturation
-from repvit_mm.deploy.metadata import FileInfo
+from repvit_mm.deploy.metadata import KEY, FileInfo
 
 INT16 = 2**15 - 1
 
@@ -53,6 +55,18 @@ def test_network_that_is_tried_is_what_it_is_said_to_be():
     assert exact_sum(activations, row) == saturation.EXACT == pytest.approx(saturation.ONNX_EXACT * scale, rel=1e-6)
     # What a processor without VNNI gives is far enough from it to be told apart.
     assert saturating_sum(activations, row) < 0.6 * saturation.EXACT
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec('onnxruntime') is None, reason='needs onnxruntime')
+@pytest.mark.skipif(shutil.which('qemu-x86_64') is None, reason='needs qemu-x86_64')
+@pytest.mark.parametrize(('processor', 'saturates'), [('Haswell', True), ('Nehalem', False)])
+def test_onnxruntime_on_an_emulated_processor(processor, saturates):
+    """It has no fast kernels for one without AVX2. What it can be told to do instead of saturating is right on both."""
+    code = 'from repvit_mm.deploy.saturation import onnxruntime_saturates as s; print(s(), s(precise=True))'
+    command = ['qemu-x86_64', '-cpu', processor, sys.executable, '-c', code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f'{saturates} False'
 
 
 @pytest.mark.parametrize('name', ['onnxruntime', 'openvino'])
@@ -100,6 +114,45 @@ def test_file_for_other_processors_is_told(saturates, exact, monkeypatch, caplog
     expected = exact and saturates
     assert [record.levelname for record in caplog.records] == ['WARNING'] * expected
     assert not expected or 'model.onnx was made for processors with VNNI' in caplog.text
+
+
+class Options:
+    """What a session is told."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[str, str]] = []
+
+    def add_session_config_entry(self, *entry: str) -> None:
+        self.entries.append(entry)
+
+
+class Session:
+    """A session of which only its options and the file's description matter."""
+
+    info = File.info
+
+    def __init__(self, path: str, options: Options, providers: list[str]) -> None:
+        self.options = options
+
+    def get_modelmeta(self) -> SimpleNamespace:
+        return SimpleNamespace(custom_metadata_map={KEY: self.info.to_json()})
+
+
+@pytest.mark.parametrize('saturates', [False, True])
+@pytest.mark.parametrize('exact', [False, True])
+def test_onnxruntime_is_told_to_be_right(saturates, exact, monkeypatch, caplog):
+    """Any other file runs as it was measured. One that an ONNX Runtime without this option runs is told."""
+    library = SimpleNamespace(SessionOptions=Options, InferenceSession=Session)
+    monkeypatch.setattr(Session, 'info', replace(File.info, precision='int8', exact_products=exact))
+    monkeypatch.setattr(runtimes, 'import_library', lambda *arguments: library)
+    for knows in (True, False):
+        monkeypatch.setattr(
+            runtimes, 'onnxruntime_saturates', lambda precise=False, knows=knows: saturates and not (precise and knows)
+        )
+        with caplog.at_level(logging.WARNING):
+            runtime = runtimes.OnnxRuntime('model.onnx')
+        assert (saturation.ONNX_PRECISE in runtime._session.options.entries) == (exact and saturates)
+        assert bool(caplog.records) == (exact and saturates and not knows)
 
 
 def test_older_descriptions_say_nothing_of_it():

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..messages import one_line
 from .metadata import KEY, FileInfo, MetadataError
-from .saturation import compile_probe, onnxruntime_saturates, openvino_saturates
+from .saturation import ONNX_PRECISE, compile_probe, onnxruntime_saturates, openvino_saturates
 
 INFO_FILE = f'{KEY}.json'
 """Name of the description among the extra files of TorchScript and torch.export."""
@@ -97,8 +97,12 @@ class Runtime(ABC):
         """Whether products of 8-bit numbers saturate in this runtime on this processor."""
         return False
 
+    def _saturates_even_so(self) -> bool:
+        """Whether they do in a file that was made for processors with VNNI."""
+        return self.saturates()
+
     def _check_products(self) -> None:
-        if self.info.exact_products and self.saturates():
+        if self.info.exact_products and self._saturates_even_so():
             logging.getLogger(__name__).warning(
                 '%s was made for processors with VNNI: on this one its int8 products saturate, so it may predict '
                 'worse; export it here, or with --reduce-range',
@@ -128,11 +132,23 @@ class OnnxRuntime(Runtime):
     def saturates(cls) -> bool:
         return onnxruntime_saturates()
 
+    def _saturates_even_so(self) -> bool:
+        return onnxruntime_saturates(precise=True)
+
     def _load(self, library: ModuleType) -> str | None:
+        description = self._open(library)
+        if description is not None and FileInfo.from_json(description).exact_products and self.saturates():
+            # Any other file runs as it was measured.
+            self._open(library, ONNX_PRECISE)
+        return description
+
+    def _open(self, library: ModuleType, *entries: tuple[str, str]) -> str | None:
+        """Make a session with further entries in its options; what the file says of itself."""
         options = library.SessionOptions()
         options.intra_op_num_threads = self.threads or 0
         # Otherwise its threads keep spinning after a run and slow down what runs next.
-        options.add_session_config_entry('session.force_spinning_stop', '1')
+        for entry in (('session.force_spinning_stop', '1'), *entries):
+            options.add_session_config_entry(*entry)
         options.log_severity_level = 3  # errors
         self._session = library.InferenceSession(str(self.path), options, providers=['CPUExecutionProvider'])
         return self._session.get_modelmeta().custom_metadata_map.get(KEY)
