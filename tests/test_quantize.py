@@ -1,6 +1,7 @@
 """Int8 files: what computes in int8, how far they are off, and which are refused."""
 
 import copy
+import os
 import shutil
 import subprocess
 import sys
@@ -91,6 +92,16 @@ def exact_logits(path: Path) -> np.ndarray:
     return onnxruntime.InferenceSession(str(path), options).run(None, {'images': calibration()[0]})[0]
 
 
+def run_elsewhere(python: list[str], image: Path, files: list[Path], **variables: str) -> list[np.ndarray]:
+    """Logits of some files in a process of its own, on an image ``(1, 3, H, W)`` that is saved as an array."""
+    code = (
+        'import sys, numpy; from repvit_mm.deploy.runtimes import open_file\n'
+        'for path in sys.argv[2:]: numpy.save(path, open_file(path, 1).run(numpy.load(sys.argv[1]))["logits"])'
+    )
+    subprocess.run([*python, '-c', code, image, *files], env={**os.environ, **variables}, check=True)
+    return [np.load(f'{path}.npy') for path in files]
+
+
 def quantized_inputs(model: 'onnx.ModelProto', name: str) -> list[bool]:
     """Whether each input of a node comes from a dequantize node."""
     makers = {output: node for node in model.graph.node for output in node.output}
@@ -168,13 +179,12 @@ class TestOnnx:
         set_description(model, KEY, replace(open_file(files['kept']).info, exact_products=False).to_json())
         onnx.save(model, files['kept'])
         np.save(tmp_path / 'image.npy', calibration()[0])
-        code = (
-            'import sys, numpy; from repvit_mm.deploy.runtimes import open_file\n'
-            'for path in sys.argv[2:]: numpy.save(path, open_file(path, 1).run(numpy.load(sys.argv[1]))["logits"])'
-        )
-        arguments = ['-cpu', 'Haswell', sys.executable, '-c', code, tmp_path / 'image.npy', *files.values()]
-        subprocess.run(['qemu-x86_64', *arguments], check=True)
-        errors = {name: distance(np.load(f'{path}.npy'), exact_logits(path)) for name, path in files.items()}
+        python = ['qemu-x86_64', '-cpu', 'Haswell', sys.executable]
+        found = run_elsewhere(python, tmp_path / 'image.npy', list(files.values()))
+        errors = {
+            name: distance(logits, exact_logits(path))
+            for (name, path), logits in zip(files.items(), found, strict=True)
+        }
         assert max(errors['full'], errors['half']) < EXACT < 0.1 < errors['kept']
 
     def test_what_cannot_be_quantized_is_refused(self, onnx_file, tmp_path):
@@ -234,6 +244,18 @@ def test_openvino_is_near_float_and_keeps_chosen_layers(network, tmp_path):
             assert op.input_value(0).get_node().get_type_name() == 'FakeQuantize'
             scale = op.input_value(1).get_node().input_value(1)
             assert scale.get_shape()[0] > 1 or op.get_output_shape(0)[1] == 1, 'one scale for all channels'
+
+
+@pytest.mark.slow
+def test_openvino_computes_the_same_in_half_of_the_range_without_vnni(tmp_path):
+    """Its library oneDNN may be told to leave newer instructions alone."""
+    pytest.importorskip('openvino')
+    pytest.importorskip('nncf')
+    goal = tmp_path / 'int8.xml'
+    quantize_file(float_file(tmp_path, 'openvino'), goal, calibration(), reduce_range=True)
+    np.save(tmp_path / 'image.npy', calibration()[0])
+    found = run_elsewhere([sys.executable], tmp_path / 'image.npy', [goal], ONEDNN_MAX_CPU_ISA='AVX2')
+    assert distance(found[0], open_file(goal, 1).run(calibration()[0])['logits']) < EXACT
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import logging
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -103,11 +104,7 @@ class Runtime(ABC):
 
     def _check_products(self) -> None:
         if self.info.exact_products and self._saturates_even_so():
-            logging.getLogger(__name__).warning(
-                '%s was made for processors with VNNI: on this one its int8 products saturate, so it may predict '
-                'worse; export it here, or with --reduce-range',
-                self.path,
-            )
+            _tell_saturation(self.path)
 
     def _check(self, images: np.ndarray) -> None:
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
@@ -340,6 +337,16 @@ def join(name: str, parts: Sequence[np.ndarray]) -> np.ndarray:
             for part in parts
         ]
     return np.concatenate(parts)
+
+
+@cache
+def _tell_saturation(path: Path) -> None:
+    """Warn of a file that was made for other processors, once however often it is opened."""
+    logging.getLogger(__name__).warning(
+        '%s was made for processors with VNNI: on this one its int8 products saturate, so it may predict worse; '
+        'export it here, or with --reduce-range',
+        path,
+    )
 
 
 def _arrays(outputs: Any) -> list[np.ndarray]:
