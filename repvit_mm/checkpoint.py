@@ -1,7 +1,6 @@
 """Reading checkpoints without running anything in them."""
 
 import difflib
-import pickle
 import re
 import socket
 from collections.abc import Iterable, Mapping, MutableMapping
@@ -15,10 +14,12 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
 from .compat.openmmlab import replace_reader_of_addresses
-from .compat.pytorch import WeakTensorKeyDictionary, refused_global, unpickling_reason
+from .compat.pytorch import WeakTensorKeyDictionary
 from .messages import one_line
 from .names import NAMINGS
-from .safe_globals import refused_attribute, safe_globals
+from .safe_globals import METADATA
+from .torch_files import read_torch_file
+from .unpickling import RefusedError
 
 CONTAINERS = ('state_dict', 'model', 'state_dict_ema', 'model_ema', 'ema_state_dict')
 """Keys under which checkpoints keep their tensors, the preferred one first."""
@@ -117,20 +118,19 @@ def read_safetensors(path: Path, map_location: Any) -> dict[str, dict[str, Tenso
 
 def read_pickle(path: Path, map_location: Any) -> Any:
     """What a file of ``torch.save`` holds."""
+    trusted = str(path.resolve()) in TRUSTED
     try:
-        with torch.serialization.safe_globals(safe_globals()):
-            return torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        if str(path.resolve()) in TRUSTED:
+        return read_torch_file(path, map_location, METADATA)
+    except RefusedError as error:
+        if trusted:
             return read_trusted(path, map_location)
-        reason = unpickling_reason(error)
-        if what := refused_global(error) or refused_attribute(reason):
-            raise CheckpointError(
-                f'checkpoint {path} refers to {what}, which may run code as it is read: if you trust whoever made it, '
-                'say so with --trust-checkpoint, or in Python with repvit_mm.checkpoint.trust(file)'
-            ) from None
-        raise CheckpointError(f'checkpoint {path} is damaged or no checkpoint ({reason})') from None
+        raise CheckpointError(
+            f'checkpoint {path} refers to {error.what}, which may run code as it is read: if you trust whoever made '
+            'it, say so with --trust-checkpoint, or in Python with repvit_mm.checkpoint.trust(file)'
+        ) from None
     except Exception as error:  # a damaged file may raise anything
+        if trusted:
+            return read_trusted(path, map_location)
         raise CheckpointError(f'checkpoint {path} is damaged or no checkpoint ({one_line(error, 120)})') from None
 
 
@@ -144,11 +144,13 @@ def read_trusted(path: Path, map_location: Any) -> Any:
 
 def tensors_of(checkpoint: Any) -> Mapping[str, Tensor]:
     """The tensors of a checkpoint by name: its own, or those that it keeps under one of ``CONTAINERS``."""
-    if isinstance(checkpoint, Mapping):
-        for key in CONTAINERS:
-            if isinstance(checkpoint.get(key), Mapping):
-                return tensors_of(checkpoint[key])
-        return {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
+    seen: list[Any] = []
+    while isinstance(checkpoint, Mapping) and not any(checkpoint is other for other in seen):
+        seen.append(checkpoint)
+        inner = [checkpoint[key] for key in CONTAINERS if isinstance(checkpoint.get(key), Mapping)]
+        if not inner:
+            return {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
+        checkpoint = inner[0]
     return {}
 
 

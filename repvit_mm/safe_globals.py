@@ -1,7 +1,6 @@
-"""What a checkpoint may refer to, and the harmless stand-ins: none of them runs code or takes much memory.
+"""What a checkpoint may refer to besides its tensors, and the harmless stand-ins: none runs code or takes much memory.
 
-With ``weights_only``, torch's reader calls the listed functions with arguments that the file chooses. So a function or
-class that could be misused is replaced by one that does only what an honest file needs.
+The reader calls them with arguments that the file chooses. So each does only what an honest file needs.
 """
 
 import argparse
@@ -9,31 +8,80 @@ import datetime
 import math
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, NoReturn
 
 import numpy as np
 from mmengine.logging import HistoryBuffer
 
+from .unpickling import Listing, Maker, RefusedError
+
 STATISTICS = ('min', 'max', 'current', 'mean')
 """The methods of a ``HistoryBuffer`` that MMEngine's checkpoints refer to."""
 
 
-def history_getattr(owner: type, name: str) -> Callable:
+def empty_namespace() -> argparse.Namespace:
+    """Stand-in for ``Namespace``: a command line, whose options follow."""
+    return argparse.Namespace()
+
+
+def empty_history() -> HistoryBuffer:
+    """Stand-in for ``HistoryBuffer``: one whose state follows."""
+    return HistoryBuffer()
+
+
+HISTORY = Maker(empty_history)
+
+
+def history_getattr(owner: Any, name: Any) -> Callable:
     """Stand-in for ``getattr``, by which MMEngine's checkpoints refer to the statistics of a ``HistoryBuffer``.
 
     The real ``getattr`` reaches everything: a file that may call it could do anything.
     """
-    if owner is not HistoryBuffer or name not in STATISTICS:
-        raise pickle.UnpicklingError(f'a checkpoint may not look up {name!r} of {owner!r}')
+    if owner is not HISTORY or name not in STATISTICS:
+        raise RefusedError(f'getattr of {name!r}')
     return getattr(HistoryBuffer, name)
 
 
-def refused_attribute(reason: str) -> str | None:
-    """What :func:`history_getattr` refused, if that is why a file could not be read: torch passes its message on."""
-    match = re.search(r'a checkpoint may not look up (.*)', reason)
-    return f'getattr of {match[1]}' if match else None
+def set_attributes(value: Any, state: Any) -> None:
+    """Set attributes of an instance that its class does not define."""
+    plain = isinstance(state, dict) and all(isinstance(name, str) and not hasattr(type(value), name) for name in state)
+    if not plain:
+        raise pickle.UnpicklingError(f'the state of a {type(value).__name__} is none')
+    vars(value).update(state)
+
+
+def set_history(history: HistoryBuffer, state: Any) -> None:
+    """Set what was logged. MMEngine also takes the statistics' functions from a file, for all buffers from then on."""
+    if isinstance(state, dict):
+        state = {name: value for name, value in state.items() if name != 'statistics_methods'}
+    set_attributes(history, state)
+
+
+def ordered_dict(items: Iterable = ()) -> OrderedDict:
+    """Stand-in for ``OrderedDict``, and for ``Counter``: Python 2 wrote its items as a list."""
+    return OrderedDict(items)
+
+
+def encode(text: Any, encoding: Any) -> bytes:
+    """Stand-in for ``_codecs.encode``, by which protocol 2 writes bytes. Other encodings may enlarge a text."""
+    if not isinstance(text, str) or encoding not in ('latin1', 'latin-1'):
+        raise pickle.UnpicklingError('bytes are written as no file does')
+    return text.encode('latin1')
+
+
+def make_bytearray(content: Any = b'', encoding: Any = 'latin1') -> bytearray:
+    """Stand-in for ``bytearray``, which also takes any length."""
+    return bytearray(content if isinstance(content, bytes) else encode(content, encoding))
+
+
+def make_set(items: Any = ()) -> set:
+    """Stand-in for ``set``."""
+    if not isinstance(items, list | tuple):
+        raise pickle.UnpicklingError('a set is none')
+    return set(items)
 
 
 def empty_bytes() -> bytes:
@@ -109,35 +157,61 @@ def scalar(dtype: DType, content: bytes) -> np.generic:
     return np.frombuffer(content, dtype.dtype)[0]
 
 
-def safe_globals() -> list[Any]:
-    """What training metadata in checkpoints is made of, as ``torch.serialization.safe_globals`` takes it."""
-    # Files written next to NumPy 1 and 2 name the same functions differently.
-    arrays = [
-        (Array, 'numpy.ndarray'),
-        (DType, 'numpy.dtype'),
-        *((empty_array, f'numpy.{core}.multiarray._reconstruct') for core in ('core', '_core')),
-        *((scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')),
-    ]
-    # Python 3.13 moved the classes of paths. None of ours touches a disk, and those of the other system can be made.
-    paths = [
-        (stand_in, f'{module}.{name}')
-        for module in ('pathlib', 'pathlib._local')
-        for stand_in, names in (
-            (PurePosixPath, ('PosixPath', 'PurePosixPath')),
-            (PureWindowsPath, ('WindowsPath', 'PureWindowsPath')),
-        )
-        for name in names
-    ]
-    times = [datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone]
-    factories = [(builtin_factory, f'builtins.{name}') for name in ('bool', 'dict', 'float', 'int', 'list', 'str')]
-    # The authors keep their command line, a Namespace.
-    return [
-        *(argparse.Namespace, HistoryBuffer, *times),
-        *arrays,
-        *paths,
-        *factories,
-        (history_getattr, 'builtins.getattr'),
-        (empty_bytes, 'builtins.bytes'),
-        (default_dict, 'collections.defaultdict'),
-        (plain_dict, 'mmengine.config.config.ConfigDict'),
-    ]
+def with_text(make: Callable[..., Any]) -> Maker:
+    """The maker of a path."""
+
+    def checked(*parts: Any) -> Any:
+        if not all(isinstance(part, str) for part in parts):
+            raise pickle.UnpicklingError('a path is none')
+        return make(*parts)
+
+    return Maker(checked)
+
+
+# Files written next to NumPy 1 and 2 name the same functions differently.
+_ARRAYS = {
+    'numpy.ndarray': Maker(empty_array),
+    'numpy.dtype': Maker(DType),
+    **{f'numpy.{core}.multiarray._reconstruct': Maker(empty_array) for core in ('core', '_core')},
+    **{f'numpy.{core}.multiarray.scalar': Maker(scalar) for core in ('core', '_core')},
+}
+
+# Python 3.13 moved the classes of paths. None of ours touches a disk, and those of the other system can be made.
+_PATHS = {
+    f'{module}.{prefix}{system}Path': with_text(make)
+    for module in ('pathlib', 'pathlib._local')
+    for system, make in (('Posix', PurePosixPath), ('Windows', PureWindowsPath))
+    for prefix in ('', 'Pure')
+}
+
+_TIMES = ('datetime', 'date', 'time', 'timedelta', 'timezone')
+_FACTORIES = ('bool', 'dict', 'float', 'int', 'long', 'list', 'str', 'unicode')  # Python 2's among them
+
+METADATA = Listing(
+    globals={
+        **_ARRAYS,
+        **_PATHS,
+        **{f'datetime.{name}': Maker(getattr(datetime, name)) for name in _TIMES},
+        **{f'builtins.{name}': Maker(builtin_factory) for name in _FACTORIES},
+        'argparse.Namespace': Maker(empty_namespace),  # the authors keep their command line
+        'mmengine.logging.history_buffer.HistoryBuffer': HISTORY,
+        'mmengine.config.config.ConfigDict': Maker(plain_dict),
+        'builtins.getattr': Maker(history_getattr),
+        'builtins.bytes': Maker(empty_bytes),
+        'builtins.bytearray': Maker(make_bytearray),
+        'builtins.set': Maker(make_set),
+        'builtins.complex': Maker(complex),
+        'collections.defaultdict': Maker(default_dict),
+        'collections.OrderedDict': Maker(ordered_dict),
+        'collections.Counter': Maker(ordered_dict),
+        '_codecs.encode': Maker(encode),
+    },
+    states={
+        argparse.Namespace: set_attributes,
+        HistoryBuffer: set_history,
+        OrderedDict: set_attributes,  # PyTorch's state dicts have a version of each module
+        DType: DType.__setstate__,
+        Array: Array.__setstate__,
+    },
+)
+"""What training metadata in checkpoints is made of."""

@@ -1,7 +1,6 @@
 """What reaches into private parts of the frameworks does what it is there for."""
 
 import os
-import pickle
 from pathlib import Path
 
 import pytest
@@ -15,35 +14,12 @@ from torch import nn
 import repvit_mm
 from repvit_mm.checkpoint import CheckpointError, cached
 from repvit_mm.compat.openmmlab import offer_configs, offer_configs_of_forks
-from repvit_mm.compat.pytorch import conv_with_exact_bias, has_hooks, is_transforming, refused_global, unpickling_reason
+from repvit_mm.compat.pytorch import conv_with_exact_bias, has_hooks, is_transforming
 
 
 class Payload:
     def __reduce__(self):
         return os.mkdir, ('was_made',)
-
-
-def refusal(path: Path) -> pickle.UnpicklingError:
-    """What reading with ``weights_only`` raises."""
-    with pytest.raises(pickle.UnpicklingError) as error:
-        torch.load(path, weights_only=True)
-    return error.value
-
-
-@pytest.mark.parametrize('archive', [True, False], ids=['today', 'before 1.6'])
-def test_refused_function_is_named(tmp_path, archive):
-    torch.save(Payload(), tmp_path / 'a.pth', _use_new_zipfile_serialization=archive)
-    assert refused_global(refusal(tmp_path / 'a.pth')) == 'posix.mkdir'
-
-
-@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
-def test_reason_comes_without_advice_to_read_unsafely(tmp_path):
-    (tmp_path / 'a.pth').write_bytes(pickle.dumps({'a': 1}, protocol=4))
-    error = refusal(tmp_path / 'a.pth')
-    assert '`weights_only` set to `False`' in str(error)
-    assert refused_global(error) is None
-    assert unpickling_reason(error) == 'Unsupported operand 149'
-    assert unpickling_reason(pickle.UnpicklingError('some\nother text')) == 'some other text'
 
 
 @pytest.mark.parametrize('address', ['open-mmlab://vgg16_caffe', 'mmcls://vgg11'])

@@ -1,7 +1,5 @@
 """Uses of private parts of torch, with the reason for each. Tried with torch 2.13.0."""
 
-import pickle
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -41,14 +39,13 @@ __all__ = [
     'in_backward',
     'is_transforming',
     'lost_process',
+    'maps_checkpoints',
     'multiplies_bfloat16',
     'multiply_each',
     'named_tree_of',
-    'refused_global',
     'scan',
     'tensors_of',
     'tree_of',
-    'unpickling_reason',
     'version',
 ]
 
@@ -245,19 +242,10 @@ def draw_indices(batches: Iterator) -> None:
     batches._next_index()
 
 
-def refused_global(error: pickle.UnpicklingError) -> str | None:
-    """The function or class for which ``weights_only`` refused a file; ``None`` if the file failed for another reason.
-
-    Only the error's message has the name. ``get_unsafe_globals_in_checkpoint`` cannot read files of torch before 1.6.
-    """
-    match = re.search(r'GLOBAL (\S+)', str(error))
-    return match[1] if match else None
-
-
-def unpickling_reason(error: pickle.UnpicklingError) -> str:
-    """Why reading with ``weights_only`` failed, without torch's advice to switch it off."""
-    reason = str(error).rpartition('WeightsUnpickler error:')[2].partition('Check the documentation')[0]
-    return ' '.join(reason.split())
+def maps_checkpoints() -> bool:
+    """Whether ``torch.load`` was told to map files into memory by default, which it can be since torch 2.7."""
+    settings = getattr(torch.utils.serialization, 'config', None) if hasattr(torch.utils, 'serialization') else None
+    return bool(settings and settings.load.mmap)
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module]:
