@@ -8,12 +8,12 @@ from importlib.util import find_spec
 FRAMEWORKS = {
     # requirements/oldest.txt has the first three. torch 2.6 is the first that reads with weights_only=True and an
     # allow-list under names of our choice; beside it mmcv's operators compile from 2.1 on.
-    'torch': (('torch',), '2.6.0', '3.0.0'),
-    'mmengine': (('mmengine', 'mmengine-lite', 'onedl-mmengine'), '0.8.0', '1.0.0'),
-    'mmcv': (('mmcv', 'mmcv-full', 'mmcv-lite', 'onedl-mmcv'), '2.1.0', '3.0.0'),
+    'torch': (('torch',), '2.0.0', '3.0.0'),
+    'mmengine': (('mmengine', 'mmengine-lite', 'onedl-mmengine'), '0.7.0', '1.0.0'),
+    'mmcv': (('mmcv', 'mmcv-full', 'mmcv-lite', 'onedl-mmcv'), '2.0.0', '3.0.0'),
     # These two are not imported without mmcv's operators: requirements/openmmlab.txt has them.
-    'mmdet': (('mmdet', 'onedl-mmdetection'), '3.3.0', '4.0.0'),
-    'mmseg': (('mmsegmentation', 'onedl-mmsegmentation'), '1.2.2', '2.0.0'),
+    'mmdet': (('mmdet', 'onedl-mmdetection'), '3.0.0', '4.0.0'),
+    'mmseg': (('mmsegmentation', 'onedl-mmsegmentation'), '1.0.0', '2.0.0'),
 }
 
 DISTRIBUTIONS = tuple(name for names, *_ in FRAMEWORKS.values() for name in names)

@@ -14,7 +14,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .compat.pytorch import BatchNorm, has_hooks, tree_of
+from .compat.pytorch import BatchNorm, before_loading, has_hooks, tree_of
 from .layers import dilate, overwriting
 from .loading import FAMILIES, Found, find_backbone, fit
 from .names import Naming
@@ -236,7 +236,7 @@ class ReparamBackbone(BaseModule, ABC):
         self.fold_frozen = fold_frozen
         self.channels_last = channels_last
 
-        self.register_load_state_dict_pre_hook(ReparamBackbone.take_every_form)
+        before_loading(self, ReparamBackbone.take_every_form)
 
         self.stem = self._make_stem()
         lengths = self._residual_lengths()

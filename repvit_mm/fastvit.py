@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .backbone import ReparamBackbone
-from .compat.pytorch import is_transforming
+from .compat.pytorch import is_transforming, plain_attention
 from .layers import (
     GELU,
     ChannelLinear,
@@ -100,7 +99,7 @@ class Attention(nn.Module):
         # Contiguous, (N, heads, H * W, 32): the kernels that keep no H * W x H * W weights take nothing else.
         query, key, value = heads.transpose(-2, -1).contiguous().unbind(1)
         # The fused kernels have no forward derivative and no rule for vmap.
-        with sdpa_kernel(SDPBackend.MATH) if is_transforming() else nullcontext():
+        with plain_attention() if is_transforming() else nullcontext():
             mixed = F.scaled_dot_product_attention(query, key, value)
         branch = self.drop_path(self.project(mixed.transpose(-2, -1).reshape(x.shape)))
         # Float32, as the layer scale makes it in the branches.

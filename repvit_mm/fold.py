@@ -12,7 +12,7 @@ from mmengine.logging import print_log
 from torch import fx, nn
 
 from .backbone import ReparamBackbone
-from .compat.pytorch import BatchNorm, InstanceNorm, children_of
+from .compat.pytorch import BatchNorm, InstanceNorm, children_of, replace_module
 from .reparam import add_up, conv_kernel, fold_norm
 
 
@@ -193,14 +193,14 @@ def _difference(conv: nn.Conv2d, norm: BatchNorm, folded: nn.Conv2d) -> float:
 
 def _replace(pair: _Pair, conv: nn.Conv2d) -> None:
     """Replace a pair by its folded convolution."""
-    pair.parent.set_submodule(pair.conv, conv)
+    replace_module(pair.parent, pair.conv, conv)
     if _is_conv_module(pair.parent):
         # The same state as if it had been built without a norm.
         delattr(pair.parent, pair.norm)
         pair.parent.norm_name, pair.parent.norm_cfg = None, None
         pair.parent.with_norm, pair.parent.with_bias = False, True
     else:
-        pair.parent.set_submodule(pair.norm, nn.Identity())
+        replace_module(pair.parent, pair.norm, nn.Identity())
 
 
 def _is_conv_module(module: nn.Module) -> bool:

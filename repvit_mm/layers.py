@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compat.pytorch import ConvOptions, add_conv_, conv_activated, fuses_into_convolutions, gelu_
+from .compat.pytorch import ConvOptions, add_conv_, autocast_dtype, conv_activated, fuses_into_convolutions, gelu_
 from .recompute import convolve, recipe_of, recomputable, runs_eagerly
 from .reparam import (
     KernelSum,
@@ -212,7 +212,7 @@ def _single_convolution(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | No
     """
     if not (overwrites() and x.device.type == 'cpu' and x.dtype is torch.float32):
         return None
-    if torch.is_autocast_enabled('cpu') or not x.is_contiguous(memory_format=torch.channels_last):
+    if autocast_dtype('cpu') or not x.is_contiguous(memory_format=torch.channels_last):
         return None
     if not (_ALONG.get() and torch.backends.mkldnn.enabled and fuses_into_convolutions()):
         return None

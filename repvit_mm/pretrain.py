@@ -12,6 +12,7 @@ from mmpretrain.models import ClsHead
 from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, source_of, tensors_of
+from .compat.pytorch import before_loading
 from .layers import GELU, ChannelLinear, MobileOneBlock, NormLinear, SqueezeExcite
 from .loading import misfit, shapes_of
 from .names import FASTVIT_NAMES, MOBILEONE_NAMES, REPVIT_NAMES, Naming
@@ -54,7 +55,7 @@ class ReleasedHead(ClsHead):
         for linear in (module for module in self.classifier.modules() if isinstance(module, nn.Linear)):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
-        self.register_load_state_dict_pre_hook(ReleasedHead.take_released_file)
+        before_loading(self, ReleasedHead.take_released_file)
 
     def _make_expand(self) -> nn.Module:
         """What stands before the pooling, ``(N, C, H, W)`` to ``(N, C', H, W)``."""

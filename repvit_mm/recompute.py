@@ -19,8 +19,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from .compat.pytorch import (
     ConvOptions,
     WeakTensorKeyDictionary,
+    autocast_dtype,
     conv_backward,
     conv_with_exact_bias,
+    is_compiling,
     is_transforming,
     version,
 )
@@ -92,9 +94,7 @@ def leave(x: Tensor, recipe: Recipe) -> Tensor:
 
 def runs_eagerly() -> bool:
     """Whether operations run one by one as they are called: nothing compiles, traces, exports or transforms them."""
-    return not (
-        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting() or is_transforming()
-    )
+    return not (is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting() or is_transforming())
 
 
 def recomputable(function: Function, x: Tensor, *others: Tensor) -> Tensor:
@@ -144,8 +144,7 @@ class _Recomputed(torch.autograd.Function):
 
 def training_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which autocast lets a map's convolutions train; ``None`` without autocast or gradients."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_grad_enabled() and torch.is_autocast_enabled(device) else None
+    return autocast_dtype(x.device.type) if torch.is_grad_enabled() else None
 
 
 def convolve(
@@ -218,7 +217,7 @@ def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _convolution(options: ConvOptions, x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     """A convolution in the dtype of its kernel, without autocast; the bias is added in its own dtype."""
-    if kernel.dtype is bias.dtype and not torch.is_autocast_enabled(x.device.type):
+    if kernel.dtype is bias.dtype and autocast_dtype(x.device.type) is None:
         return F.conv2d(x, kernel, bias, *options)
     with torch.autocast(x.device.type, enabled=False):
         if kernel.dtype is bias.dtype:

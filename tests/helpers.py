@@ -18,11 +18,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from repvit_mm import FastViT, MobileOne, RepViT, switch_to_deploy
+from repvit_mm._versions import is_between
 from repvit_mm.backbone import ReparamBackbone
 from repvit_mm.fastvit import LargeKernelConv, PositionEncoding, RepMixer
 from repvit_mm.layers import ChannelLinear, ConvBN, LayerScale, MobileOneBlock, NormLinear, dilate
 from repvit_mm.reparam import reparam_blocks
 from repvit_mm.repvit import TokenMixer
+
+
+def since_torch(first: str, what: str) -> pytest.MarkDecorator:
+    """Skips a test where torch is too old for what the test is about."""
+    return pytest.mark.skipif(is_between(torch.__version__, '0', first), reason=f'{what} begins with torch {first}')
+
 
 DATA = Path(__file__).parent / 'data'
 STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')

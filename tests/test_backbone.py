@@ -36,7 +36,6 @@ from programs import PROCESSES
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.multiprocessing import start_processes
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -45,6 +44,7 @@ import repvit_mm.reparam
 from repvit_mm import FastViT, RepViT, switch_to_deploy
 from repvit_mm.backbone import ReparamBackbone, check_channels, options_of
 from repvit_mm.checkpoint import CheckpointError
+from repvit_mm.compat.pytorch import plain_attention
 from repvit_mm.layers import SqueezeExcite, StochasticDepth
 from repvit_mm.reparam import (
     Kernel,
@@ -560,7 +560,7 @@ class TestFolding:
 
         def penalty(network: ReparamBackbone) -> dict[str, Tensor]:
             images = x.double().requires_grad_()
-            with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+            with plain_attention():  # the others have no second derivative
                 maps = network(images)
             (gradient,) = torch.autograd.grad(total(maps), images, create_graph=True)
             gradient.square().sum().backward()

@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from repvit_mm import RepViT, switch_to_deploy
-from repvit_mm._versions import is_between
 from repvit_mm.checkpoint import CheckpointError, download, read_checkpoint, trust
 from repvit_mm.loading import shapes_of
 from repvit_mm.reparam import plain_formulation
@@ -301,9 +300,6 @@ class TestReading:
         torch.save({'loss': HistoryBuffer()}, tmp_path / 'a.pth')
         assert [len(data) for data in read_checkpoint(str(tmp_path / 'a.pth'))['loss'].data] == [0, 0]
 
-    @pytest.mark.skipif(
-        not is_between(torch.__version__, '2.7', '3'), reason='torch 2.6 makes no ConfigDict but the real one'
-    )
     def test_plain_metadata_survives(self, tmp_path):
         """What others keep beside their weights and what cannot do anything."""
         counts = defaultdict(list, a=[1])

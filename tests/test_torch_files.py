@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import since_torch
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
@@ -125,7 +126,7 @@ def test_tensors_share_their_storage_again(save):
     assert found['a'].tolist() == [0, 1, 0, 0] and found['c'].sum() == 0
 
 
-@pytest.mark.skipif(not hasattr(torch, 'uint16'), reason='newer types of numbers begin with torch 2.3')
+@since_torch('2.3', 'uint16')
 def test_types_without_a_storage_class(tmp_path):
     """Torch itself does not read them from the older format."""
     path = tmp_path / 'a.pth'
@@ -154,7 +155,7 @@ def test_places_of_tensors(save, where):
     assert read_checkpoint(path, lambda storage, place: None)['a'].device.type == 'cpu'
 
 
-@pytest.mark.skipif(not hasattr(getattr(torch.utils, 'serialization', None), 'config'), reason='begins with torch 2.7')
+@since_torch('2.7', 'mapping by default')
 def test_files_are_mapped_where_torch_maps_them(save, monkeypatch):
     path = save({'a': torch.arange(6.0).view(2, 3)})
     monkeypatch.setattr(torch.utils.serialization.config.load, 'mmap', True)

@@ -1,8 +1,12 @@
-"""Uses of private parts of torch, with the reason for each. Tried with torch 2.13.0."""
+"""Uses of private parts of torch, with the reason for each, and stand-ins for what older versions lack.
 
-from collections.abc import Iterator, Sequence
+Tried with torch 2.13.0, 2.1.2 and 2.0.1.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -28,6 +32,8 @@ __all__ = [
     'WeakTensorKeyDictionary',
     'add_conv_',
     'any_row_count',
+    'autocast_dtype',
+    'before_loading',
     'children_of',
     'conv_activated',
     'conv_backward',
@@ -37,12 +43,15 @@ __all__ = [
     'gelu_',
     'has_hooks',
     'in_backward',
+    'is_compiling',
     'is_transforming',
     'lost_process',
     'maps_checkpoints',
     'multiplies_bfloat16',
     'multiply_each',
     'named_tree_of',
+    'plain_attention',
+    'replace_module',
     'scan',
     'tensors_of',
     'tree_of',
@@ -73,9 +82,50 @@ def lost_process(error: Exception) -> bool:
 
     Gloo raises a plain ``RuntimeError`` that begins with the place in its own source.
     """
-    return isinstance(error, torch.distributed.DistError) or (
-        isinstance(error, RuntimeError) and '/gloo/' in str(error)
-    )
+    kinds = getattr(torch.distributed, 'DistError', ())  # since torch 2.2; Gloo never raised it before
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and '/gloo/' in str(error))
+
+
+def is_compiling() -> bool:
+    """Whether ``torch.compile`` or ``torch.export`` is tracing this; it has a public name since torch 2.3."""
+    if hasattr(torch.compiler, 'is_compiling'):
+        return torch.compiler.is_compiling()
+    return torch._utils.is_compiling()
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype in which autocast computes on a type of device; ``None`` where it is off.
+
+    Torch asks by the type of device since 2.4.
+    """
+    if hasattr(torch, 'get_autocast_dtype'):
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if device == 'cpu':
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_gpu_dtype() if device == 'cuda' and torch.is_autocast_enabled() else None
+
+
+def plain_attention() -> AbstractContextManager:
+    """Within the context attention is computed by plain operations; the module for it begins with torch 2.3."""
+    if find_spec('torch.nn.attention'):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        return sdpa_kernel(SDPBackend.MATH)
+    return torch.backends.cuda.sdp_kernel(enable_flash=False, enable_mem_efficient=False)
+
+
+def before_loading(module: nn.Module, hook: Callable) -> None:
+    """Have ``hook(module, state_dict, prefix, ...)`` called before a module loads; public since torch 2.5."""
+    if hasattr(module, 'register_load_state_dict_pre_hook'):
+        module.register_load_state_dict_pre_hook(hook)
+    else:
+        module._register_load_state_dict_pre_hook(hook, with_module=True)
+
+
+def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module in the place of another; ``set_submodule`` begins with torch 2.5."""
+    parent, _, name = path.rpartition('.')
+    setattr(root.get_submodule(parent), name, module)
 
 
 def is_transforming() -> bool:
@@ -83,7 +133,7 @@ def is_transforming() -> bool:
 
     An ``autograd.Function`` has to be written for each of them, and memory that is overwritten disturbs them.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
@@ -113,12 +163,19 @@ def named_tree_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return tree
 
 
+def _is_legacy_batch(tensor: Tensor) -> bool:
+    """Whether a tensor stands for a batch within ``torch.autograd.grad(is_grads_batched=True)``."""
+    if hasattr(torch._C._functorch, 'is_legacy_batchedtensor'):  # since torch 2.3
+        return torch._C._functorch.is_legacy_batchedtensor(tensor)
+    return 'Batched' in str(torch._C._dispatch_keys(tensor))
+
+
 def multiply_each(tensors: Sequence[Tensor], factors: Sequence[Tensor], in_place: bool = False) -> Sequence[Tensor]:
     """Each tensor times its factor in one operation, which the optimizers use; it has no public name.
 
     It has no rule for ``vmap`` either, nor for the older form of it, which ``torch.autograd.grad`` uses for batches.
     """
-    if any(torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors) or is_transforming():
+    if any(map(_is_legacy_batch, tensors)) or is_transforming():
         return [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
     if not in_place:
         return torch._foreach_mul(tensors, factors)

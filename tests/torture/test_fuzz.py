@@ -15,17 +15,14 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 
-from repvit_mm._versions import is_between
 from repvit_mm.checkpoint import CheckpointError, read_checkpoint
 
 
 def checkpoint() -> dict:
     """A small one with everything that is allowed in it."""
-    # torch 2.6 makes no ConfigDict but the real one.
-    config = ConfigDict(type='RepViT') if is_between(torch.__version__, '2.7', '3') else {'type': 'RepViT'}
     return {
         'state_dict': {'a.weight': torch.arange(12.0).view(3, 4), 'a.num_batches_tracked': torch.tensor(3)},
-        'meta': {'epoch': 1, 'cfg': config, 'path': Path('a/b'), 'args': argparse.Namespace(lr=0.1)},
+        'meta': {'epoch': 1, 'cfg': ConfigDict(type='RepViT'), 'path': Path('a/b'), 'args': argparse.Namespace(lr=0.1)},
         'message_hub': {'loss': HistoryBuffer([1.0, 2.0], [1, 1]), 'none': HistoryBuffer(), 'lr': np.float64(0.5)},
         'extra': [defaultdict(list, a=[1]), datetime.datetime(2024, 1, 2), np.array(['x', 'yz']), b'', (1, 2.5, None)],
     }

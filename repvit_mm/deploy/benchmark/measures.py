@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from mmengine.analysis import FlopAnalyzer
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from ...compat.pytorch import TorchDispatchMode
 from ..timing import Run
@@ -134,6 +134,6 @@ def bytes_of(values: Iterable[Any]) -> int:
     """The bytes of all tensors in nested lists, tuples and dictionaries; an expanded one counts as what it repeats."""
     return sum(
         tensor.element_size() * prod(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step)
-        for tensor in tree_leaves(list(values))
+        for tensor in tree_flatten(list(values))[0]
         if isinstance(tensor, Tensor)
     )
