@@ -1,20 +1,32 @@
-"""The framework versions that this package works beside: the first of each is one that the tests run on."""
+"""The framework versions that this package works beside, and which of them do not fit each other."""
 
 import sys
 from importlib import metadata
 from importlib.util import find_spec
 
-# Module -> (names it is distributed under, first version that works, first that does not).
+# Module -> (names it is distributed under, first version that works, first that does not). The tests run on a release
+# of each first version: requirements/oldest.txt names them.
 FRAMEWORKS = {
-    # requirements/oldest.txt has the first three. torch 2.6 is the first that reads with weights_only=True and an
-    # allow-list under names of our choice; beside it mmcv's operators compile from 2.1 on.
     'torch': (('torch',), '2.0.0', '3.0.0'),
     'mmengine': (('mmengine', 'mmengine-lite', 'onedl-mmengine'), '0.7.0', '1.0.0'),
     'mmcv': (('mmcv', 'mmcv-full', 'mmcv-lite', 'onedl-mmcv'), '2.0.0', '3.0.0'),
-    # These two are not imported without mmcv's operators: requirements/openmmlab.txt has them.
     'mmdet': (('mmdet', 'onedl-mmdetection'), '3.0.0', '4.0.0'),
     'mmseg': (('mmsegmentation', 'onedl-mmsegmentation'), '1.0.0', '2.0.0'),
 }
+
+TOO_NEW = (
+    ('mmcv', '2.1.0', 'mmdet', '3.2.0'),
+    ('mmcv', '2.1.0', 'mmsegmentation', '1.2.0'),
+    ('mmcv', '2.1.0', 'mmyolo', None),
+    ('mmcv', '2.2.0', 'mmdet', None),
+    ('mmcv', '2.2.0', 'mmsegmentation', None),
+    ('numpy', '2.0.0', 'torch', '2.3.0'),
+    ('yapf', '0.40.2', 'mmengine', '0.10.1'),
+)
+"""Of two distributions: from this version on, the first needs the second from that version on; ``None``: no version."""
+
+MMCV_WHEELS = {'2.0': ('cpu', 'cu117', 'cu118'), '2.1': ('cpu', 'cu118', 'cu121')}
+"""torch -> builds of it that mmcv 2.1.0 is published for, with its operators. Those for later ones are of mmcv 2.2."""
 
 DISTRIBUTIONS = tuple(name for names, *_ in FRAMEWORKS.values() for name in names)
 """The names of all of them, those of the forks among them."""
@@ -54,6 +66,19 @@ def installed_version(module: str, distributions: tuple[str, ...]) -> str | None
         except metadata.PackageNotFoundError:
             continue
     return version
+
+
+def too_old(purpose: str, first: str) -> str:
+    """Why the installed torch is too old for a purpose, in one line; empty if it is not.
+
+    Args:
+        purpose: What the user asked for.
+        first: The first version of torch that it was tried with.
+    """
+    version = installed_version('torch', FRAMEWORKS['torch'][0]) or '0'
+    if is_between(version, first, FRAMEWORKS['torch'][2]):
+        return ''
+    return f'{purpose} needs torch {first} or later, this is torch {version}'
 
 
 def check_frameworks() -> None:

@@ -7,11 +7,12 @@ import shutil
 import torch
 from torch import nn
 
+from ._versions import too_old
 from .precision import parts_of
 
 
 class CompilerError(RuntimeError):
-    """``torch.compile`` lacks what it needs on a device; the message is one line that says what to install."""
+    """``torch.compile`` lacks what it needs; the message is one line that says what to install."""
 
 
 def check_compiler(device: str) -> None:
@@ -21,8 +22,10 @@ def check_compiler(device: str) -> None:
         device: A device type, as ``mmengine.device.get_device`` gives it.
 
     Raises:
-        CompilerError: without Triton for a GPU, without a C++ compiler for a CPU.
+        CompilerError: with a torch before 2.6, without Triton for a GPU, without a C++ compiler for a CPU.
     """
+    if reason := too_old('torch.compile', '2.6'):
+        raise CompilerError(reason)
     if device == 'cuda':
         try:
             importlib.import_module('triton')

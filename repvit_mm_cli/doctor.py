@@ -134,8 +134,58 @@ def build_command(mmcv: str = 'mmcv') -> str:
     return f'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps {requirement}'
 
 
-def module_line(module: str, found: dict[str, Any], needed: bool, names: Mapping[str, str] = PIP) -> Line:
-    """The check of a module that was imported; ``names`` are pip's."""
+def mmcv_command(table: ModuleType | None, torch: Mapping[str, Any], mmcv: str = 'mmcv') -> str:
+    """What installs mmcv with operators for the torch that is there: a published wheel, or else a build.
+
+    Args:
+        table: The package's table of versions.
+        torch: What the probe of torch found.
+        mmcv: mmcv's name for pip.
+    """
+    version, cuda = str(torch.get('version', '')), torch.get('cuda')
+    release = '.'.join(version.split('.')[:2])
+    build = f'cu{cuda.replace(".", "")}' if cuda else 'cpu'
+    published = table.MMCV_WHEELS if table and mmcv == 'mmcv' and sys.version_info < (3, 12) else {}
+    if build not in published.get(release, ()):
+        return build_command(mmcv)
+    # Libraries that want an older one. For torch 2.1 there is none.
+    old = any(
+        other == 'mmcv' and beyond == '2.1.0' and has_distribution(name) and not accepts(table, name, first)
+        for other, beyond, name, first in table.TOO_NEW
+    )
+    number = '2.0.1' if old and release == '2.0' else '2.1.0'
+    return f'pip install mmcv=={number} -f https://download.openmmlab.com/mmcv/dist/{build}/torch{release}.0/index.html'
+
+
+def accepts(table: ModuleType, name: str, first: str | None) -> bool:
+    """Whether an installed distribution is of a version from ``first`` on."""
+    return first is not None and table.is_between(metadata.version(name), first, '999')
+
+
+def misfits(table: ModuleType, command: str) -> Iterable[Line]:
+    """Check that no distribution is too new for another.
+
+    Args:
+        table: The package's table of versions.
+        command: What installs an mmcv that fits.
+    """
+    told = set()
+    for name, version, other, first in table.TOO_NEW:
+        if name in told or not (has_distribution(name) and has_distribution(other)):
+            continue
+        if table.is_between(metadata.version(name), version, '999') and not accepts(table, other, first):
+            told.add(name)
+            cure = command if name == 'mmcv' else f'pip install "{name}<{version}"'
+            if name == 'mmcv' and first:
+                cure = f'pip install "{other}>={first}"'
+            text = f'{metadata.version(name)} is too new for {other} {metadata.version(other)}'
+            yield Line('broken', name, text, cure)
+
+
+def module_line(
+    module: str, found: dict[str, Any], needed: bool, names: Mapping[str, str] = PIP, command: str = ''
+) -> Line:
+    """The check of a module that was imported; ``names`` are pip's, ``command`` installs an mmcv that fits."""
     install = f'pip install {names.get(module, module)}'
     if is_absent(found, module):
         if not needed and module not in OPTIONAL:
@@ -145,7 +195,7 @@ def module_line(module: str, found: dict[str, Any], needed: bool, names: Mapping
     if 'error' in found:
         cure = f'{install} --force-reinstall'
         if 'MMCV==' in found['error']:
-            cure = build_command(names.get('mmcv', 'mmcv'))
+            cure = command
         elif (other := found.get('absent') or module).partition('.')[0] != module:
             cure = f'install {other}, which it needs'
         return Line('broken', module, f'installed, but cannot be imported: {reason(found)}', cure)
@@ -191,9 +241,9 @@ def processor_lines() -> Iterable[Line]:
     yield Line('ok', 'instructions', text)
 
 
-def operator_line(found: dict[str, Any], mmcv: str = 'mmcv') -> Line:
-    """What to say of mmcv's compiled operators, if pip calls it so."""
-    name, rebuild = 'mmcv operators', f'build mmcv for this torch: {build_command(mmcv)}'
+def operator_line(found: dict[str, Any], command: str) -> Line:
+    """What to say of mmcv's compiled operators; the command installs them."""
+    name, rebuild = 'mmcv operators', f'install mmcv for this torch: {command}'
     if 'error' in found:
         text = reason(found)
         if "No module named 'mmcv._ext'" in found['error']:
@@ -261,7 +311,7 @@ def examine(config: str | None = None) -> Iterable[Line]:
             return jobs[name].result()
 
         def line(name: str, needed: bool) -> Line:
-            return module_line(name, found(name), needed, names)
+            return module_line(name, found(name), needed, names, mmcv)
 
         table = None
         if folder:
@@ -273,6 +323,9 @@ def examine(config: str | None = None) -> Iterable[Line]:
             else:
                 yield from distribution_lines(table)
         names = names_for_pip(table)
+        mmcv = mmcv_command(table, found('torch'), names.get('mmcv', 'mmcv'))
+        if table:
+            yield from misfits(table, mmcv)
         yield line('torch', needed=True)
         if 'devices' in found('torch'):
             yield Line('ok', 'devices', '; '.join(found('torch')['devices']))
@@ -280,12 +333,11 @@ def examine(config: str | None = None) -> Iterable[Line]:
         yield line('mmengine', needed=True)
         there = {name: not is_absent(found(name), name) for name in ('mmcv', 'mmdet', 'mmseg')}
         tasks = there['mmdet'] or there['mmseg']
-        mmcv = names.get('mmcv', 'mmcv')
         if there['mmcv']:
             yield line('mmcv', needed=tasks)
             yield operator_line(found('operators'), mmcv)
         else:
-            yield Line('broken' if tasks else 'absent', 'mmcv', 'not installed', build_command(mmcv))
+            yield Line('broken' if tasks else 'absent', 'mmcv', 'not installed', mmcv)
         scope = found('config').get('scope') if 'config' in jobs else None
         for name in ('mmdet', 'mmseg'):
             yield line(name, needed=name == scope)

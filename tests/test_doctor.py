@@ -165,7 +165,7 @@ def test_absent_is_broken_only_where_it_is_needed():
     ],
 )
 def test_the_cure_is_for_what_is_at_fault(found, cure):
-    assert doctor.module_line('mmdet', found, needed=True).cure.endswith(cure)
+    assert doctor.module_line('mmdet', found, needed=True, command=BUILD).cure.endswith(cure)
 
 
 def pretend_installed(monkeypatch, distributions: dict[str, str]) -> None:
@@ -180,9 +180,9 @@ def pretend_installed(monkeypatch, distributions: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ('installed', 'expected'),
     [
-        ({'torch': '2.5.1'}, {'torch': 'pip install "torch>=2.6.0,<3.0.0"'}),
+        ({'torch': '1.13.1'}, {'torch': 'pip install "torch>=2.0.0,<3.0.0"'}),
         ({'torch': '2.13.0', 'mmcv': '2.2.0'}, {}),
-        ({'mmcv': '1.7.0'}, {'mmcv': 'pip install "mmcv>=2.1.0,<3.0.0"'}),
+        ({'mmcv': '1.7.0'}, {'mmcv': 'pip install "mmcv>=2.0.0,<3.0.0"'}),
         ({'mmengine': '0.10.7', 'onedl-mmengine': '0.10.12'}, {'mmengine': 'pip uninstall mmengine onedl-mmengine'}),
     ],
 )
@@ -191,6 +191,65 @@ def test_versions(monkeypatch, installed, expected):
     lines = {line.name: line for line in doctor.distribution_lines(doctor.version_table(ROOT / 'repvit_mm'))}
     assert lines.keys() == expected.keys()
     assert all(lines[name].mark == 'broken' and cure in lines[name].cure for name, cure in expected.items())
+
+
+@pytest.mark.parametrize(
+    ('installed', 'expected'),
+    [
+        ({'mmcv': '2.1.0', 'mmdet': '3.2.0', 'mmsegmentation': '1.2.2', 'torch': '2.1.2', 'numpy': '1.26.4'}, {}),
+        ({'mmcv': '2.0.1', 'mmdet': '3.0.0', 'mmyolo': '0.6.0', 'mmengine': '0.7.4', 'yapf': '0.40.1'}, {}),
+        ({'mmcv': '2.2.0', 'mmdet': '3.3.0'}, {'mmcv': ('2.2.0 is too new for mmdet 3.3.0', 'COMMAND')}),
+        ({'mmcv': '2.1.0', 'mmdet': '3.1.0'}, {'mmcv': ('too new for mmdet 3.1.0', 'pip install "mmdet>=3.2.0"')}),
+        ({'mmcv': '2.1.0', 'mmyolo': '0.6.0'}, {'mmcv': ('too new for mmyolo 0.6.0', 'COMMAND')}),
+        ({'mmcv': '2.2.0', 'onedl-mmdetection': '3.5.1'}, {}),
+        ({'numpy': '2.2.0', 'torch': '2.1.2+cu121'}, {'numpy': ('for torch 2.1.2+cu121', 'pip install "numpy<2.0.0"')}),
+        ({'numpy': '2.2.0', 'torch': '2.3.0'}, {}),
+        ({'yapf': '0.43.0', 'mmengine': '0.10.0'}, {'yapf': ('for mmengine 0.10.0', 'pip install "yapf<0.40.2"')}),
+    ],
+    ids=str,
+)
+def test_what_is_too_new_for_what(monkeypatch, installed, expected):
+    pretend_installed(monkeypatch, installed)
+    lines = {line.name: line for line in doctor.misfits(_versions, 'COMMAND')}
+    assert lines.keys() == expected.keys()
+    for name, (text, cure) in expected.items():
+        assert lines[name].mark == 'broken' and lines[name].text.endswith(text) and lines[name].cure == cure
+
+
+@pytest.mark.parametrize(
+    ('torch', 'installed', 'expected'),
+    [
+        (('2.1.2+cu121', '12.1'), {}, 'mmcv==2.1.0 -f https://download.openmmlab.com/mmcv/dist/cu121/torch2.1.0/'),
+        (
+            ('2.1.0', None),
+            {'mmdet': '3.3.0'},
+            'mmcv==2.1.0 -f https://download.openmmlab.com/mmcv/dist/cpu/torch2.1.0/',
+        ),
+        (
+            ('2.0.1', '11.7'),
+            {'mmdet': '3.2.0'},
+            'mmcv==2.1.0 -f https://download.openmmlab.com/mmcv/dist/cu117/torch2.0',
+        ),
+        (
+            ('2.0.1', '11.8'),
+            {'mmdet': '3.0.0'},
+            'mmcv==2.0.1 -f https://download.openmmlab.com/mmcv/dist/cu118/torch2.0',
+        ),
+        (('2.0.1', '11.8'), {'mmyolo': '0.6.0'}, 'mmcv==2.0.1 -f '),
+        (('2.1.2', '12.6'), {}, BUILD),
+        (('2.2.0', '12.1'), {}, BUILD),
+        (('2.13.0', None), {}, BUILD),
+    ],
+    ids=str,
+)
+def test_wheels_of_mmcv(monkeypatch, torch, installed, expected):
+    pretend_installed(monkeypatch, installed)
+    monkeypatch.setattr(doctor.sys, 'version_info', (3, 11, 7))
+    found = dict(zip(('version', 'cuda'), torch, strict=True))
+    assert expected in doctor.mmcv_command(_versions, found)
+    assert doctor.mmcv_command(_versions, found, 'onedl-mmcv') == doctor.build_command('onedl-mmcv')
+    monkeypatch.setattr(doctor.sys, 'version_info', (3, 12, 1))
+    assert doctor.mmcv_command(_versions, found) == BUILD
 
 
 def test_among_forks_the_cure_is_a_fork(stubs, monkeypatch):

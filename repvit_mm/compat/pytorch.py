@@ -86,11 +86,20 @@ def lost_process(error: Exception) -> bool:
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and '/gloo/' in str(error))
 
 
+# Torch 2.1 has a name for it, torch 2.0 has none.
+_is_compiling = next(
+    (
+        place.is_compiling
+        for place in (getattr(torch, 'compiler', None), torch._utils)
+        if hasattr(place, 'is_compiling')
+    ),
+    bool,
+)
+
+
 def is_compiling() -> bool:
     """Whether ``torch.compile`` or ``torch.export`` is tracing this; it has a public name since torch 2.3."""
-    if hasattr(torch.compiler, 'is_compiling'):
-        return torch.compiler.is_compiling()
-    return torch._utils.is_compiling()
+    return _is_compiling()
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from torch import Tensor, nn
 
+from .._versions import too_old
 from ..compat.pytorch import any_row_count
 from ..messages import one_line
 from .graph import ExportError, Graph, backbone_graph, graph_of
@@ -85,6 +86,7 @@ class Exporter:
         half: What half precision means: ``'graph'`` for a network that computes in it, ``'file'`` if the writer handles
             it; any other text is the reason why there is none.
         runs: Whether the file can be run, and compared, on this system.
+        torch: The first version of torch that writes it.
     """
 
     suffix: str
@@ -95,6 +97,7 @@ class Exporter:
     several_sizes: bool = False
     half: str = 'graph'
     runs: bool = True
+    torch: str = '2.0'
 
 
 @dataclass
@@ -140,7 +143,7 @@ def write_onnx(graph: Graph, images: Tensor, info: FileInfo, path: Path, options
         output_names=list(graph.outputs),
         dynamic_axes=axes,
         opset_version=options.opset,
-        dynamo=False,
+        **({} if too_old('', '2.5') else {'dynamo': False}),
     )
     model = onnx.load(path)
     onnx.checker.check_model(model)
@@ -214,7 +217,7 @@ EXPORTERS: dict[str, Exporter] = {
     'onnx': Exporter('.onnx', write_onnx, ('onnx', 'onnxruntime'), lambda: suppress_by_onnx),
     'openvino': Exporter('.xml', write_openvino, ('onnx', 'openvino'), lambda: suppress_by_onnx, half='file'),
     'torchscript': Exporter('.pt', write_torchscript, suppress=lambda: torch.jit.script(suppress_by_loop)),
-    'torch_export': Exporter('.pt2', write_torch_export, suppress=lambda: suppress_by_scan),
+    'torch_export': Exporter('.pt2', write_torch_export, suppress=lambda: suppress_by_scan, torch='2.6'),
     'executorch': Exporter(
         '.pte',
         write_executorch,
@@ -222,6 +225,7 @@ EXPORTERS: dict[str, Exporter] = {
         lambda: suppress_by_scan,
         dynamic=False,
         half='XNNPACK saves nothing by half precision: take int8',
+        torch='2.6',
     ),
     'coreml': Exporter(
         '.mlpackage',
@@ -231,6 +235,7 @@ EXPORTERS: dict[str, Exporter] = {
         several_sizes=True,
         half='file',
         runs=False,
+        torch='2.6',
     ),
 }
 """Name of a target -> how to export to it."""
@@ -243,6 +248,8 @@ def check_options(target: str, path: Path, options: Options) -> None:
         ExportError: that says what to do instead.
     """
     exporter = EXPORTERS[target]
+    if reason := too_old(f'--to {target}', exporter.torch):
+        raise ExportError(reason)
     if path.suffix != exporter.suffix:
         raise ExportError(f'{path}: a file for {target} has a name that ends in {exporter.suffix}')
     if options.dynamic and not exporter.dynamic:
