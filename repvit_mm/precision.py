@@ -8,7 +8,7 @@ import torch
 from mmengine.utils import apply_to
 from torch import Tensor, nn
 
-from .compat.pytorch import multiplies_bfloat16
+from .compat.pytorch import gpu_multiplies_bfloat16, multiplies_bfloat16
 from .reparam import reparam_blocks
 
 HALF = {'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -37,7 +37,7 @@ def check_dtype(dtype: str, device: str) -> str:
             raise PrecisionError('float16 is for accelerators, a CPU takes several times as long: take bfloat16')
         if not multiplies_bfloat16():
             return 'this processor has neither AVX512-BF16 nor AMX: bfloat16 is slower than float32 on it'
-    elif device == 'cuda' and dtype == 'bfloat16' and not torch.cuda.is_bf16_supported(including_emulation=False):
+    elif device == 'cuda' and dtype == 'bfloat16' and not gpu_multiplies_bfloat16():
         return 'this GPU does not multiply bfloat16: float16 is faster on it'
     return ''
 

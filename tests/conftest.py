@@ -1,7 +1,9 @@
 import copy
 import logging
 import random
+import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -28,6 +30,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.torture_seed is None:  # the workers of pytest-xdist are handed what is drawn here
         config.option.torture_seed = random.SystemRandom().randrange(10**6) if config.option.torture else 0
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    with skipping_what_is_refused():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    with skipping_what_is_refused():
+        return (yield)
+
+
+@contextmanager
+def skipping_what_is_refused() -> Iterator[None]:
+    """What the package refuses beside an older torch is skipped beside it, with the package's own words."""
+    try:
+        yield
+    except Exception as error:
+        if refusal := re.search(r'\S.* needs torch [\d.]+ or later, this is torch \S+', str(error)):
+            pytest.skip(refusal[0])
+        raise
 
 
 @pytest.fixture(autouse=True)

@@ -26,9 +26,14 @@ from repvit_mm.reparam import reparam_blocks
 from repvit_mm.repvit import TokenMixer
 
 
+def since(first: str) -> bool:
+    """Whether torch is of a version from ``first`` on."""
+    return is_between(torch.__version__, first, '99')
+
+
 def since_torch(first: str, what: str) -> pytest.MarkDecorator:
     """Skips a test where torch is too old for what the test is about."""
-    return pytest.mark.skipif(is_between(torch.__version__, '0', first), reason=f'{what} begins with torch {first}')
+    return pytest.mark.skipif(not since(first), reason=f'{what} begins with torch {first}')
 
 
 DATA = Path(__file__).parent / 'data'

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from repvit_mm.compat.pytorch import export_onnx
+
 onnxruntime = pytest.importorskip('onnxruntime')
 pytest.importorskip('onnx')
 
@@ -30,14 +32,13 @@ class Operator:
         axes = {name: {dim: f'{name}_{dim}' for dim in dims} for name, dims in zip(names, dynamic, strict=True)}
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter('ignore')
-            torch.onnx.export(
+            export_onnx(
                 _Function(function),
                 tuple(example),
                 str(path),
                 input_names=names,
                 dynamic_axes=axes,
                 opset_version=17,
-                dynamo=False,
             )
         self.session = onnxruntime.InferenceSession(str(path), _options(), providers=['CPUExecutionProvider'])
 

@@ -180,7 +180,7 @@ def test_backbone(tmp_path):
 @pytest.mark.parametrize('family', ['repvit', 'fastvit'])
 def test_coreml_program(family, tmp_path):
     """What can be known of a package without Apple's system."""
-    import coremltools
+    coremltools = pytest.importorskip('coremltools')
 
     model, path, report = make('coreml', 'semantic_fpn', tmp_path, family)
     assert 'do not run on this system' in str(report)
@@ -200,7 +200,7 @@ def test_coreml_program(family, tmp_path):
 
 @pytest.mark.slow
 def test_coreml_detector_and_several_sizes(tmp_path):
-    import coremltools
+    coremltools = pytest.importorskip('coremltools')
 
     make('coreml', 'retinanet', tmp_path, half=True)
     sizes = (SIZE, (32, 64))

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from helpers import since_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from repvit_mm.compat.pytorch import export_onnx
 from repvit_mm.deploy import operators
 
 onnxruntime = pytest.importorskip('onnxruntime')
@@ -151,14 +153,13 @@ def assert_same(found, case):
 def test_onnx_runtime_suppresses_any_number_in_one_session(tmp_path):
     path = tmp_path / 'nms.onnx'
     names = ['boxes', 'scores', 'labels']
-    torch.onnx.export(
+    export_onnx(
         Suppression(operators.suppress_by_onnx),
         CASES[-1],
         str(path),
         input_names=names,
         dynamic_axes={name: {0: 'batch', 1: 'count'} for name in names},
         opset_version=17,
-        dynamo=False,
     )
     session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
     for case in CASES:
@@ -166,6 +167,7 @@ def test_onnx_runtime_suppresses_any_number_in_one_session(tmp_path):
 
 
 @pytest.mark.slow
+@since_torch('2.6', 'an exported loop')
 def test_exported_loop_stays_a_loop():
     program = torch.export.export(Suppression(operators.suppress_by_scan), CASES[-1])
     loops = [node for node in program.graph.nodes if node.op == 'call_function' and 'scan' in str(node.target)]

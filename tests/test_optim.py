@@ -9,6 +9,7 @@ from torch import nn
 
 from repvit_mm import RepViT
 from repvit_mm.backbone import ReparamBackbone
+from repvit_mm.compat.pytorch import autocast_dtype
 
 RATE, DECAY = 0.1, 0.05
 
@@ -112,7 +113,7 @@ class Detector(BaseModel):
 
     def forward(self, inputs: torch.Tensor, mode: str) -> dict[str, torch.Tensor]:
         maps = self.extract_feat(inputs)
-        assert not torch.is_autocast_enabled('cpu')
+        assert autocast_dtype('cpu') is None
         assert all(one.dtype is torch.float32 for one in maps)
         return {'loss': sum(one.square().mean() for one in maps)}
 

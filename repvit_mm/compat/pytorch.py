@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,8 +41,10 @@ __all__ = [
     'conv_backward',
     'conv_with_exact_bias',
     'draw_indices',
+    'export_onnx',
     'fuses_into_convolutions',
     'gelu_',
+    'gpu_multiplies_bfloat16',
     'has_hooks',
     'in_backward',
     'is_compiling',
@@ -58,6 +62,9 @@ __all__ = [
     'version',
 ]
 
+
+CPUINFO = Path('/proc/cpuinfo')
+"""Where Linux tells of the processor."""
 
 ConvOptions = tuple[int, int, int, int]
 """Stride, zero padding, dilation and groups of a convolution, the first three for height and width alike."""
@@ -129,6 +136,12 @@ def before_loading(module: nn.Module, hook: Callable) -> None:
         module.register_load_state_dict_pre_hook(hook)
     else:
         module._register_load_state_dict_pre_hook(hook, with_module=True)
+
+
+def export_onnx(*args: Any, **options: Any) -> None:
+    """``torch.onnx.export`` as it was before torch 2.5: the newer exporter fails on detectors."""
+    newer = {'dynamo': False} if 'dynamo' in signature(torch.onnx.export).parameters else {}
+    torch.onnx.export(*args, **options, **newer)
 
 
 def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -212,8 +225,18 @@ def gelu_(x: Tensor) -> Tensor:
 
 def multiplies_bfloat16() -> bool:
     """Whether the processor has instructions that multiply bfloat16, AVX512-BF16 or AMX, and oneDNN may use them."""
-    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if hasattr(torch.cpu, '_is_amx_tile_supported'):
+        has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:  # torch tells since 2.6; Linux does anyway
+        flags = CPUINFO.read_text() if CPUINFO.exists() else ''
+        has = 'avx512_bf16' in flags or 'amx_bf16' in flags
     return has and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def gpu_multiplies_bfloat16() -> bool:
+    """Whether the GPU has instructions for it; since torch 2.4 the function also tells whether it can be emulated."""
+    options = signature(torch.cuda.is_bf16_supported).parameters
+    return torch.cuda.is_bf16_supported(**({'including_emulation': False} if options else {}))
 
 
 def conv_with_exact_bias(x: Tensor, weight: Tensor, bias: Tensor, options: ConvOptions) -> Tensor:

@@ -20,7 +20,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from .._versions import too_old
-from ..compat.pytorch import any_row_count
+from ..compat.pytorch import any_row_count, export_onnx
 from ..messages import one_line
 from .graph import ExportError, Graph, backbone_graph, graph_of
 from .load import Checkpoint, describe, versions
@@ -134,8 +134,7 @@ def write_onnx(graph: Graph, images: Tensor, info: FileInfo, path: Path, options
     axes = None
     if options.dynamic:
         axes = {'images': {0: 'batch', 2: 'height', 3: 'width'}} | {name: {0: 'batch'} for name in graph.outputs}
-    # The newer exporter fails on detectors. This is the only place that calls the older one.
-    torch.onnx.export(
+    export_onnx(
         graph,
         (images,),
         str(path),
@@ -143,7 +142,6 @@ def write_onnx(graph: Graph, images: Tensor, info: FileInfo, path: Path, options
         output_names=list(graph.outputs),
         dynamic_axes=axes,
         opset_version=options.opset,
-        **({} if too_old('', '2.5') else {'dynamo': False}),
     )
     model = onnx.load(path)
     onnx.checker.check_model(model)
@@ -198,6 +196,7 @@ def lower_executorch(program: torch.export.ExportedProgram, info: FileInfo, path
 
 def exported_program(graph: Graph, images: Tensor, options: Options) -> torch.export.ExportedProgram:
     """A graph as ``torch.export`` gives it."""
+    check_torch('torch_export')
     any_size = torch.export.Dim.AUTO
     shapes = ({0: any_size, 2: any_size, 3: any_size},) if options.dynamic else None
     # torch caches loops. A cached loop of other sizes would decide which sizes of this one may vary.
@@ -248,8 +247,7 @@ def check_options(target: str, path: Path, options: Options) -> None:
         ExportError: that says what to do instead.
     """
     exporter = EXPORTERS[target]
-    if reason := too_old(f'--to {target}', exporter.torch):
-        raise ExportError(reason)
+    check_torch(target, options.half)
     if path.suffix != exporter.suffix:
         raise ExportError(f'{path}: a file for {target} has a name that ends in {exporter.suffix}')
     if options.dynamic and not exporter.dynamic:
@@ -261,6 +259,24 @@ def check_options(target: str, path: Path, options: Options) -> None:
     if options.bf16 and target != 'openvino':
         raise ExportError(f'--bf16 is for --to openvino: a file for {target} cannot ask for it')
     check_libraries(target, exporter.libraries)
+
+
+def check_torch(target: str, half: bool = False) -> None:
+    """Refuse what needs a newer torch.
+
+    Args:
+        target: A key of ``EXPORTERS``.
+        half: Whether it shall be in half precision.
+
+    Raises:
+        ExportError: that names the first version.
+    """
+    exporter = EXPORTERS[target]
+    reason = too_old(f'--to {target}', exporter.torch)
+    if half and exporter.half == 'graph':
+        reason = reason or too_old('--half', '2.6')  # older ones have no convolution in float16 on a CPU
+    if reason:
+        raise ExportError(reason)
 
 
 def check_libraries(purpose: str, libraries: Sequence[str]) -> None:
@@ -315,8 +331,9 @@ def build_graph(model: nn.Module, target: str, options: Options) -> Graph:
     """The graph that is exported, made of a copy of a fused model.
 
     Raises:
-        ExportError: if the model is of a kind that cannot be exported.
+        ExportError: if the model is of a kind that cannot be exported, or torch is too old.
     """
+    check_torch(target, options.half)
     exporter = EXPORTERS[target]
     twin = copy.deepcopy(model).requires_grad_(False)
     if options.half and exporter.half == 'graph':

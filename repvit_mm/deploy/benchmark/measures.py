@@ -42,6 +42,11 @@ def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
+def start_of(event: Any) -> int:
+    """When an event of torch's profiler began; before torch 2.4 it is told in microseconds."""
+    return event.start_ns() if hasattr(event, 'start_ns') else event.start_us()
+
+
 def peak_bytes(run: Run, device: torch.device) -> int:
     """The most memory that tensors take at once during a run, above what was there before it, in bytes.
 
@@ -59,7 +64,7 @@ def peak_bytes(run: Run, device: torch.device) -> int:
         run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == '[memory]']
     total = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
+    for event in sorted(events, key=start_of):
         total += event.nbytes()
         peak = max(peak, total)
     return peak
@@ -94,12 +99,17 @@ PRODUCTS = (
     'addmm',
     'bmm',
     'baddbmm',
+    '_scaled_dot_product_flash_attention',
     '_scaled_dot_product_flash_attention_for_cpu',
     '_scaled_dot_product_flash_attention_for_cpu_backward',
 )
 """Operations whose arithmetic counts, not what they move."""
 WRITING = ('copy_', 'fill_', 'zero_')
 """Operations that change a tensor in place without reading it."""
+
+
+NOTHING = ('_unsafe_view', 'is_same_size')
+"""Operations that compute nothing, which torch does not call views."""
 
 
 class Traffic(TorchDispatchMode):
@@ -118,7 +128,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if func.is_view or 'empty' in name or name == '_unsafe_view':
+        if func.is_view or 'empty' in name or name in NOTHING:
             return outputs
         self.operations += 1
         if name in PRODUCTS:
