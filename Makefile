@@ -1,10 +1,11 @@
 # Any Python from 3.10 to 3.12; it is only asked to make the environment.
 PYTHON ?= python3
-# What is installed: requirements/STACK.txt. openmmlab lies in .venv, any other stack in .venv-STACK.
+# What is installed: requirements/STACK.txt (openmmlab, wheels, oldest, newest, onedl). openmmlab lies in .venv, any other
+# stack in .venv-STACK.
 STACK ?= openmmlab
 VENV := $(if $(filter openmmlab,$(STACK)),.venv,.venv-$(STACK))
 
-.PHONY: setup demo test test-avx2 torture test-oldest test-mmpose lint docs audit
+.PHONY: setup demo test test-avx2 torture test-mmpose lint docs audit
 
 setup:
 	@$(PYTHON) tools/setup_env.py $(STACK)
@@ -23,11 +24,6 @@ test-avx2: setup
 # Tries to break the package for a quarter of an hour, and counts what was lost: docs/reliability.md
 torture: setup
 	$(VENV)/bin/python -m pytest tests/torture --torture $(ARGS)
-
-# The lowest versions that the package accepts, without mmcv's compiled operators. Needs 6 GB for a torch with CUDA.
-test-oldest:
-	@$(PYTHON) tools/setup_env.py oldest
-	.venv-oldest/bin/python -m pytest -m 'not needs_ops' $(ARGS)
 
 # MMPose, beside the environment: CONTRIBUTING.md says why
 test-mmpose: setup

@@ -33,10 +33,8 @@ def setup_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.WHEELS = tmp_path / 'cache' / 'repvit_mm' / 'wheels'
-    for name in ('CXX', 'MAX_JOBS', 'MMCV_WITH_OPS'):
-        # Set first: then what the program writes is taken back.
-        monkeypatch.setenv(name, '')
-        monkeypatch.delenv(name)
+    for name in ('CXX', 'MAX_JOBS', 'FORCE_CUDA'):
+        monkeypatch.delenv(name, raising=False)
     return module
 
 
@@ -84,7 +82,13 @@ def answers(environment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dic
     """Word -> what the environment's Python answers to a program with that word, where mmcv can be built."""
     (tmp_path / 'include/python3.11').mkdir(parents=True)
     (tmp_path / 'include/python3.11/Python.h').touch()
-    answers = {'get_platform': SUFFIX, 'get_paths': str(tmp_path / 'include/python3.11'), 'cv2': '', 'mmcv.ops': ''}
+    answers = {
+        'get_platform': SUFFIX,
+        'print(sysconfig.get_paths': str(tmp_path / 'include/python3.11'),
+        'include_paths': '-std=c++17 -D_GLIBCXX_USE_CXX11_ABI=0 -O3 -fPIC "-I/a folder"',
+        'cv2': '',
+        'mmcv.ops': '',
+    }
 
     def ask(program: str) -> str:
         (answer,) = (answer for word, answer in answers.items() if word in program)
@@ -98,10 +102,10 @@ def answers(environment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dic
 
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only program on the PATH: a `c++`."""
-    program = tmp_path / 'bin' / 'c++'
-    program.parent.mkdir()
-    program.touch(mode=0o755)
+    """The only program on the PATH: a `c++` that is content with everything."""
+    program = put(tmp_path / 'bin' / 'c++')
+    program.write_text('#!/bin/sh\n')
+    program.chmod(0o755)
     monkeypatch.setenv('PATH', str(program.parent))
     return program
 
@@ -120,7 +124,9 @@ def put(path: Path) -> Path:
     [
         ('openmmlab', '.venv', 'mmcv==2.1.0', 'mmcv2.1.0-torch2.13.0'),
         ('onedl', '.venv-onedl', 'onedl-mmcv==2.3.6', 'onedl-mmcv2.3.6-torch2.13.0'),
-        ('oldest', '.venv-oldest', '', '-torch2.6.0'),
+        ('wheels', '.venv-wheels', 'mmcv==2.1.0', 'mmcv2.1.0-torch2.1.2'),
+        ('oldest', '.venv-oldest', 'mmcv==2.0.1', 'mmcv2.0.1-torch2.0.1'),
+        ('newest', '.venv-newest', 'onedl-mmcv==2.3.6', 'onedl-mmcv2.3.6-torch2.15.0'),
     ],
 )
 def test_each_stack_has_a_file_and_a_folder(setup_env, checkout, stack, folder, mmcv, wheel):
@@ -181,10 +187,19 @@ def test_what_does_not_work_is_not_ready(setup_env, environment, packages, calls
 
 
 @pytest.mark.parametrize(
-    ('cuda', 'gpu', 'suffix'), [(None, False, ''), ('12.8', True, '+cu128'), ('12.8', False, '+cu128.nogpu')]
+    ('cuda', 'gpu', 'forced', 'suffix'),
+    [
+        (None, False, '0', ''),
+        ('12.8', True, '0', '+cu128'),
+        ('12.8', False, '0', '+cu128.nogpu'),
+        ('12.8', False, '1', '+cu128'),
+    ],
 )
-def test_wheel_key_names_all_that_the_wheel_depends_on(setup_env, environment, packages, cuda, gpu, suffix):
-    """Asked of a Python in which torch is a file of two values."""
+def test_wheel_key_names_all_that_the_wheel_depends_on(
+    setup_env, environment, packages, monkeypatch, cuda, gpu, forced, suffix
+):
+    """Asked of a Python in which torch is a file of two values. mmcv reads FORCE_CUDA."""
+    monkeypatch.setenv('FORCE_CUDA', forced)
     (packages / 'torch.py').write_text(
         'from types import SimpleNamespace\n'
         f'version = SimpleNamespace(cuda={cuda!r})\n'
@@ -215,10 +230,11 @@ def build(
     """Builds the wheel with a pip that writes one of the given name and may then fail."""
 
     def build(name: str, error: Exception | None = None) -> Path:
-        def pip(*arguments):
+        def pip(*arguments, **variables):
             assert arguments[0] == 'wheel' and arguments[-1] == 'mmcv==2.1.0'
-            assert os.environ['MMCV_WITH_OPS'] == '1'
-            assert int(os.environ['MAX_JOBS']) >= 1
+            assert variables['MMCV_WITH_OPS'] == '1'
+            assert int(variables['MAX_JOBS']) >= 1
+            assert ('CXX' in variables) == ('+cu128-' not in answers['get_platform'])
             target = Path(arguments[arguments.index('--wheel-dir') + 1])
             # The move into the cache is atomic within one file system only.
             assert target.parent == setup_env.WHEELS
@@ -237,6 +253,61 @@ def test_built_wheel_lands_in_the_cache_of_its_torch(setup_env, build):
     other = put(setup_env.WHEELS / KEY.replace('2.13.0', '2.12.0') / WHEEL)
     assert build(WHEEL) == setup_env.WHEELS / KEY / WHEEL
     assert {path.name for path in setup_env.WHEELS.iterdir()} == {other.parent.name, KEY}
+
+
+def test_operators_for_a_gpu_are_compiled_by_the_compiler_itself(setup_env, build, answers):
+    answers['get_platform'] = f'+cu128{SUFFIX}'
+    assert build(WHEEL).parent.name == f'mmcv2.1.0-torch2.13.0+cu128{SUFFIX}'
+
+
+@pytest.mark.parametrize(
+    ('failure', 'last'),
+    [
+        ('exit 0', '-g0 -w -std=c++17 -D_GLIBCXX_USE_CXX11_ABI=0 -include {folder}/torch.h'),
+        ('case $* in *c++-header*) exit 1; esac', '-g0 -w -std=c++17 -D_GLIBCXX_USE_CXX11_ABI=0'),
+    ],
+    ids=['header', 'no header'],
+)
+def test_compiler_is_called_with_options_that_save_time(environment, answers, compiler, tmp_path, failure, last):
+    """The compiler is a program that writes down how it is called."""
+    compiler.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/commands\n{failure}\n')
+    program = environment.fast_compiler(tmp_path)
+    subprocess.run([program, '-c', 'nms.cpp', '-DX=a b'], check=True)
+    header, file = (tmp_path / 'commands').read_text().splitlines()
+    assert header == (
+        '-O3 -fPIC -I/a folder -g0 -w -std=c++17 -D_GLIBCXX_USE_CXX11_ABI=0 '
+        f'-x c++-header {tmp_path}/torch.h -o {tmp_path}/torch.h.gch'
+    )
+    assert file == f'-c nms.cpp -DX=a b {last.format(folder=tmp_path)}'
+
+
+def test_options_are_those_that_torch_was_built_with(setup_env, environment, packages):
+    """Asked of a Python in which torch is little more than the header that tells its C++."""
+    put(packages / 'torch/utils/cpp_extension.py').write_text(f'def include_paths():\n    return [{str(packages)!r}]\n')
+    (packages / 'torch/__init__.py').write_text(
+        'from types import SimpleNamespace\n_C = SimpleNamespace(_GLIBCXX_USE_CXX11_ABI=False)\n'
+    )
+    header = put(packages / 'ATen/ATen.h')
+    for text, standard in (('#error C++20 or later compatible', 20), ('C++14 or later', 14), ('', 20)):
+        header.write_text(text)
+        words = environment.ask(setup_env.COMPILER_OPTIONS).split()
+        assert words[:2] == [f'-std=c++{standard}', '-D_GLIBCXX_USE_CXX11_ABI=0']
+        assert {'-fPIC', f'-I{packages}'} <= set(words)
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='needs GCC')
+def test_compiled_header_is_taken(environment, answers, monkeypatch, tmp_path):
+    """By GCC, which reads it in place of the header that it was made from."""
+    (tmp_path / 'torch').mkdir()
+    (tmp_path / 'torch/types.h').write_text('inline int one() { return 1; }\n')
+    answers['include_paths'] = f'-std=c++17 -D_GLIBCXX_USE_CXX11_ABI=0 -O3 -fPIC -I{tmp_path}'
+    monkeypatch.setenv('CXX', 'g++')
+    program = environment.fast_compiler(tmp_path)
+    (tmp_path / 'torch/types.h').unlink()
+    (tmp_path / 'nms.cpp').write_text('int two() { return one() + 1; }\n')
+    options = ['-std=c++14', '-O3', '-g', '-fPIC', '-Wall']
+    subprocess.run([program, *options, '-c', tmp_path / 'nms.cpp', '-o', tmp_path / 'nms.o'], check=True)
+    assert (tmp_path / 'nms.o').is_file()
 
 
 @pytest.mark.parametrize('interruption', [KeyboardInterrupt(), OSError('disk full')], ids=repr)
@@ -426,7 +497,7 @@ def test_full_disk_is_refused(setup_env, environment, monkeypatch):
 
 def test_machine_that_cannot_build_is_refused(setup_env, environment, answers, compiler, monkeypatch):
     environment.check_compiler()
-    Path(answers['get_paths'], 'Python.h').unlink()
+    Path(answers['print(sysconfig.get_paths'], 'Python.h').unlink()
     with pytest.raises(setup_env.SetupError, match=r'no .*/Python\.h, .*apt-get install python3\.11-dev'):
         environment.check_compiler()
     compiler.unlink()
