@@ -275,7 +275,7 @@ class Environment:
             by_memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 2**31
             jobs = os.environ.get('MAX_JOBS') or str(max(1, min(cores, by_memory)))
             variables = {'MMCV_WITH_OPS': '1', 'MAX_JOBS': jobs}
-            say(f'building {self.mmcv} with its operators, once (10 minutes on two cores); {self.log} shows more')
+            say(f'building {self.mmcv} with its operators, once (3 to 5 minutes on two cores); {self.log} shows more')
             folder.parent.mkdir(parents=True, exist_ok=True)
             # Built beside the folder, and moved there when it is whole.
             with tempfile.TemporaryDirectory(prefix='.building-', dir=str(folder.parent)) as building:
