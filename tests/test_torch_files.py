@@ -147,7 +147,11 @@ def to_meta(storage: torch.UntypedStorage, place: str) -> torch.UntypedStorage |
     return torch.UntypedStorage(storage.nbytes(), device='meta') if place == 'cpu' else None
 
 
-@pytest.mark.parametrize('where', ['meta', torch.device('meta'), {'cpu': 'meta'}, to_meta], ids=str)
+@pytest.mark.parametrize(
+    'where',
+    ['meta', torch.device('meta'), {'cpu': 'meta'}, to_meta],
+    ids=['name', 'device', 'table', 'function'],
+)
 def test_places_of_tensors(save, where):
     path = save({'a': torch.ones(2, 3)})
     found = read_checkpoint(path, where)['a']

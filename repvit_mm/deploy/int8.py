@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import track
 
+from ..compat.openvino import openvino_core
 from ..messages import one_line
 from .evaluate import MismatchError, put_file
 from .export import Exportable, Options, build_graph, check_libraries, check_options, export, write_file
@@ -467,9 +468,9 @@ def _tell_bfloat16(source: Path, goal: Path, info: FileInfo) -> bool:
     """Write a float OpenVINO file that says to be run in bfloat16; ``False`` if the processor does not multiply it."""
     import openvino
 
-    if not has_bfloat16(openvino):
+    if not has_bfloat16():
         return False
-    model = openvino.Core().read_model(source)
+    model = openvino_core().read_model(source)
     model.set_rt_info(replace(info, precision='bfloat16').to_json(), [KEY])
     openvino.save_model(model, goal, compress_to_fp16=False)
     return True

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..compat.openvino import openvino_core, same_signal_stack
 from .metadata import KEY, FileInfo
 from .runtimes import RuntimeFileError, import_library, open_file
 from .structure import Kind, Layer, Node, Structure, find_structure, module_of
@@ -136,12 +137,12 @@ def write_openvino(
     """
     nncf = import_library('nncf', source)
     openvino = import_library('openvino', source)
-    model = openvino.Core().read_model(source)
+    model = openvino_core().read_model(source)
     nodes = list(_openvino_nodes(model))
     structure = find_structure(nodes)
     floats = {layer.name for layer in structure.layers if _is_kept(layer, kept)}
     fix = nncf.quantization.advanced_parameters.OverflowFix
-    with _quiet('nncf'):
+    with _quiet('nncf'), same_signal_stack():
         quantized = nncf.quantize(
             model,
             nncf.Dataset(images),

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..compat.openvino import openvino_core
 from ..messages import one_line
 from .metadata import KEY, FileInfo, MetadataError
 from .saturation import ONNX_PRECISE, compile_probe, onnxruntime_saturates, openvino_saturates
@@ -167,12 +168,12 @@ class OpenVino(Runtime):
     def _load(self, library: ModuleType) -> str | None:
         if not self.path.with_suffix('.bin').is_file():
             raise RuntimeFileError(f'{self.path} has no {self.path.with_suffix(".bin").name} beside it')
-        core = library.Core()
+        core = openvino_core()
         model = core.read_model(self.path)
         description = model.get_rt_info([KEY]).astype(str) if model.has_rt_info([KEY]) else None
         # Its default would be bfloat16 on processors that have it.
         wanted = description is not None and FileInfo.from_json(description).precision == 'bfloat16'
-        hint = 'bf16' if wanted and has_bfloat16(library) else 'f32'
+        hint = 'bf16' if wanted and has_bfloat16() else 'f32'
         options: dict[str, Any] = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': hint}
         if self.threads:
             options['INFERENCE_NUM_THREADS'] = self.threads
@@ -287,12 +288,12 @@ def import_library(name: str, path: Path) -> ModuleType:
         raise RuntimeFileError(f'{path} needs the package {package}, which fails: {one_line(error, 200)}') from None
 
 
-def has_bfloat16(openvino: ModuleType) -> bool:
+def has_bfloat16() -> bool:
     """Whether OpenVINO multiplies bfloat16 on this processor, and may do so.
 
     Its list of capabilities tells what the processor has, not what the environment (``ONEDNN_MAX_CPU_ISA``) leaves it.
     """
-    if 'BF16' not in openvino.Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES'):
+    if 'BF16' not in openvino_core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES'):
         return False
     try:
         compile_probe('bf16')

@@ -18,6 +18,8 @@ from functools import cache
 
 import numpy as np
 
+from ..compat.openvino import openvino_core
+
 CHANNELS = 8
 EXACT = CHANNELS * 255 * 127
 """What the network's convolution gives at each place."""
@@ -76,7 +78,7 @@ def compile_probe(precision: str) -> Callable[[np.ndarray], np.ndarray]:
     operands = (x, weight) if precision == 'bf16' else (quantized(x, 0, 255), quantized(weight, -127, 127))
     y = operators.convolution(*operands, [1, 1], [0, 0], [0, 0], [1, 1])
     model = openvino.Model([operators.result(y)], [x])
-    network = openvino.Core().compile_model(model, 'CPU', {'INFERENCE_PRECISION_HINT': precision})
+    network = openvino_core().compile_model(model, 'CPU', {'INFERENCE_PRECISION_HINT': precision})
     return lambda images: network(images)[network.outputs[0]]
 
 
