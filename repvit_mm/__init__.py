@@ -30,7 +30,7 @@ if not _missing:
     check_frameworks()
 
     from . import normalization  # noqa: F401  warns from here on
-    from .compat.openmmlab import offer_configs, offer_configs_of_forks
+    from .compat.openmmlab import build_inherited_collate_functions, offer_configs, offer_configs_of_forks
     from .fastvit import FastViT
     from .hooks import CompileHook, FiniteLossHook, FuseOnDeployHook, HalfPrecisionHook
     from .mobileone import MobileOne
@@ -42,6 +42,7 @@ if not _missing:
 
     offer_configs(__name__, f'{__name__}.repvit')
     offer_configs_of_forks()
+    build_inherited_collate_functions()
 
 
 def __getattr__(name: str) -> object:

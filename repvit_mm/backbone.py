@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .compat.pytorch import BatchNorm, before_loading, has_hooks, tree_of
 from .layers import dilate, overwriting
 from .loading import FAMILIES, Found, find_backbone, fit
+from .messages import one_line
 from .names import Naming
 from .recompute import runs_eagerly
 from .reparam import ReparamBlock, kernels_together, reparam_blocks, switch_to_deploy
@@ -112,8 +113,45 @@ def check_channels(model: nn.Module, config: Mapping[str, Any]) -> None:
     index = config[part].get('in_index')
     if part == 'decode_head' and isinstance(index, Sequence):
         given = [given[i] for i in index if i < len(given)]
-    if list(wanted) != given:
+    if 'widen_factor' in config[part] and len(wanted) == len(given):
+        check_widened(model, config)
+    elif list(wanted) != given:
         raise ValueError(f'model.{part}.in_channels is {list(wanted)}, the backbone gives maps of {given} channels')
+
+
+@torch.no_grad()
+def check_widened(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Check that a neck and a head of MMYOLO take the channels that come to them, by handing them small maps.
+
+    They multiply widths by a factor, and each kind rounds the products in its own way.
+
+    Raises:
+        ValueError: as :func:`check_channels`.
+    """
+    indices, like = model.backbone.out_indices, next(model.neck.parameters())
+    sides = [2 ** (indices[-1] - index) for index in indices]
+    maps = [
+        like.new_zeros(1, width, side, side) for width, side in zip(model.backbone.out_channels, sides, strict=True)
+    ]
+    parts = {'neck': (model.neck, config['neck'])}
+    head = (config.get('bbox_head') or {}).get('head_module')
+    if isinstance(head, Mapping):
+        parts['bbox_head.head_module'] = model.bbox_head.head_module, head
+    for (name, (part, settings)), source in zip(parts.items(), ('backbone', 'neck'), strict=False):
+        given, trains = [map_.shape[1] for map_ in maps], part.training
+        part.eval()
+        try:
+            maps = part(maps)
+        except (RuntimeError, AssertionError) as error:
+            single = isinstance(settings.get('in_channels'), int) and len(set(given)) == 1
+            reason = f' ({one_line(error)})' if str(error) else ''
+            raise ValueError(
+                f'model.{name} with in_channels={settings.get("in_channels")} and '
+                f"widen_factor={settings.get('widen_factor', 1.0)} does not take the {source}'s maps of {given} "
+                f'channels: set in_channels={given[0] if single else given} and widen_factor=1.0{reason}'
+            ) from error
+        finally:
+            part.train(trains)
 
 
 def run_block(block: nn.Module, x: Tensor, with_cp: bool) -> Tensor:

@@ -303,8 +303,9 @@ def named_loss(outputs: Mapping[str, Any], name: str) -> str:
 
 
 def samples_of(data_batch: Any) -> Sequence[Any]:
-    """What a batch says of its images."""
-    return data_batch.get('data_samples', ()) if isinstance(data_batch, Mapping) else ()
+    """What a batch says of its images; MMYOLO's batches keep boxes and labels only, in a dictionary."""
+    found = data_batch.get('data_samples', ()) if isinstance(data_batch, Mapping) else ()
+    return () if isinstance(found, Mapping) else found
 
 
 def images_of(data_batch: Any, most: int = 8) -> str:

@@ -34,6 +34,8 @@ def fed(preprocessor: nn.Module) -> str | None:
     ]
     if order == 'RGB' and all(close):
         return None
+    if not mean.any() and (std == std[0]).all():  # MMYOLO divides by 255
+        return f'{order} from 0 to {255 / float(std[0]):.4g}'
     return f'{order} normalized with mean={rounded(mean)}, std={rounded(std)}'
 
 

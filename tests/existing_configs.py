@@ -1,4 +1,4 @@
-"""Configs of MMDetection's and MMSegmentation's own, and the few lines that put a backbone of this package under each.
+"""Configs of MMDetection's, MMSegmentation's and MMYOLO's own, and the lines that put a backbone of ours under each.
 
 One table for two readers: ``test_existing_configs.py`` tries every row, and ``python tests/existing_configs.py`` writes
 ``docs/existing_configs.md`` from it.
@@ -26,7 +26,7 @@ class Row:
         note: What the method expects of a backbone.
         small: More lines, which keep the test short.
         size: Height and width in pixels of the test's images.
-        needs: Modules that have to be there beside MMDetection or MMSegmentation.
+        needs: Modules that have to be there beside MMDetection or MMSegmentation, MMYOLO among them.
         broken: Why the method cannot predict with any backbone, if it cannot.
     """
 
@@ -87,6 +87,15 @@ model = dict(
     backbone=dict(_delete_=True, type='RepViT', arch='m0_6', output_stride=8),
     decode_head=dict(in_channels=320),
     auxiliary_head=dict(in_channels=160),
+)
+"""
+YOLO = f"""
+channels = [80, 160, 320]
+model = dict(
+    data_preprocessor=dict({RGB}),
+    backbone=dict(_delete_=True, type='RepViT', arch='m0_6', out_indices=(1, 2, 3)),
+    neck=dict(in_channels=channels, out_channels=channels, widen_factor=1.0),
+    bbox_head=dict(head_module=dict(in_channels=channels, widen_factor=1.0)),
 )
 """
 CAFFE = 'The base feeds BGR as Caffe did: the preprocessor is changed.'
@@ -304,16 +313,45 @@ model['decode_head'] |= dict(
         needs=('mmdet',),
     ),
 ]
-ROWS = DETECTION + SEGMENTATION
+MMYOLO = [
+    Row(
+        'YOLOv5',
+        'mmyolo::yolov5/yolov5_s-v61_syncbn_fast_8xb16-300e_coco.py',
+        YOLO,
+        'The base divides by 255 and normalizes nothing.',
+        needs=('mmyolo',),
+    ),
+    Row(
+        'YOLOv8',
+        'mmyolo::yolov8/yolov8_s_syncbn_fast_8xb16-500e_coco.py',
+        YOLO,
+        'The base divides by 255 and normalizes nothing.',
+        needs=('mmyolo',),
+    ),
+    Row(
+        "MMYOLO's RTMDet",
+        'mmyolo::rtmdet/rtmdet_s_syncbn_fast_8xb32-300e_coco.py',
+        f"""
+model = dict(
+    data_preprocessor=dict({RGB}),
+    backbone=dict(_delete_=True, type='RepViT', arch='m0_6', out_indices=(1, 2, 3)),
+    neck=dict(in_channels=[80, 160, 320], out_channels=128, widen_factor=1.0),
+)
+""",
+        "The base feeds BGR. Its head keeps the base's factor: half of 256 is what the neck gives.",
+        needs=('mmyolo',),
+    ),
+]
+ROWS = DETECTION + SEGMENTATION + MMYOLO
 
 INTRODUCTION = """\
 # Under existing configs
 
 <!-- Written by `python tests/existing_configs.py`; `tests/test_existing_configs.py` tries every entry. -->
 
-Each config below is complete: its `_base_` is one of MMDetection's or MMSegmentation's own configs, and the rest is all
-that changes. The tests build each model, compute a training loss with a finite gradient for every parameter of the
-backbone, predict, fuse, and predict the same again. The models were not trained to published figures.
+Each config below is complete: its `_base_` is one of MMDetection's, MMSegmentation's or MMYOLO's own configs, and the
+rest is all that changes. The tests build each model, compute a training loss with a finite gradient for every parameter
+of the backbone, predict, fuse, and predict the same again. The models were not trained to published figures.
 
 - `_delete_=True` drops the base's backbone with its pretrained weights. Some bases of MMSegmentation name these weights
   beside the backbone: `pretrained=None` drops them. For pretrained weights of the new backbone, add
@@ -325,6 +363,13 @@ backbone, predict, fuse, and predict the same again. The models were not trained
 
 | | `arch` | channels of the four maps |
 |---|---|---|
+"""
+
+ABOUT_MMYOLO = """
+MMYOLO 0.6.0, the last release, needs mmcv below 2.1: `make setup STACK=oldest` makes an environment with both. The
+bases multiply the widths of neck and head by `widen_factor`; a backbone's are what they are, so it becomes 1. YOLOv5's
+and YOLOv8's necks round widths up to multiples of 8. Their optimizer takes weights and biases only: FastViT's layer
+scales would not learn. See [configs.md](configs.md) for training.
 """
 
 
@@ -339,8 +384,12 @@ def page() -> str:
             f'| {family.__name__} | {" ".join(names)} | {", ".join(map(str, channels))} |\n'
             for channels, names in archs.items()
         ]
-    for title, rows in (('MMDetection', DETECTION), ('MMSegmentation', SEGMENTATION)):
-        parts.append(f'\n## {title}\n')
+    for title, about, rows in (
+        ('MMDetection', '', DETECTION),
+        ('MMSegmentation', '', SEGMENTATION),
+        ('MMYOLO', ABOUT_MMYOLO, MMYOLO),
+    ):
+        parts.append(f'\n## {title}\n{about}')
         for row in rows:
             note = f'{" ".join(filter(None, (row.note, row.broken)))}\n\n' if row.note or row.broken else ''
             parts.append(f'\n### {row.title}\n\n{note}```python\n{row.text}```\n')

@@ -1,10 +1,13 @@
 """Ground truth of one image for each task."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.structures import InstanceData, PixelData
+from torch import Tensor
 
 if TYPE_CHECKING:
     from mmdet.structures import DetDataSample
@@ -52,3 +55,16 @@ def segmentation_sample(size: tuple[int, int], classes: int) -> 'SegDataSample':
     sample = SegDataSample(metainfo=dict(img_shape=size, ori_shape=size, pad_shape=size))
     sample.gt_sem_seg = PixelData(data=torch.randint(classes, (1, *size)))
     return sample
+
+
+def training_batch(cfg: Config, images: Sequence[Tensor], samples: Sequence[Any]) -> dict[str, Any]:
+    """Images and their ground truth as a config's data loader hands them to the model."""
+    if cfg.train_dataloader.get('collate_fn', {}).get('type') != 'yolov5_collate':
+        return dict(inputs=list(images), data_samples=list(samples))
+    from mmdet.structures.bbox import HorizontalBoxes
+    from mmyolo.datasets.utils import yolov5_collate
+
+    for sample in samples:
+        truth = InstanceData(bboxes=HorizontalBoxes(sample.gt_instances.bboxes), labels=sample.gt_instances.labels)
+        sample.gt_instances = truth
+    return yolov5_collate([dict(inputs=i, data_samples=sample) for i, sample in zip(images, samples, strict=True)])

@@ -1,4 +1,4 @@
-"""Configs of MMDetection's and MMSegmentation's own run with our backbones after the lines that the docs show."""
+"""Configs of MMDetection's, MMSegmentation's and MMYOLO's run with our backbones after the lines that the docs show."""
 
 import copy
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from helpers import relative_error, settle
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.registry import DefaultScope
-from samples import detection_sample, segmentation_sample
+from samples import detection_sample, segmentation_sample, training_batch
 from torch import Tensor, nn
 
 from repvit_mm.deploy.load import build_model
@@ -114,7 +114,8 @@ def test_builds_learns_predicts_and_fuses(row):
         if name in UNSET:
             nn.init.normal_(parameter)
     images = [torch.randint(256, (3, *row.size), dtype=torch.uint8) for _ in range(2)]
-    batch = model.data_preprocessor(dict(inputs=images, data_samples=samples(cfg, row.size, 2)), training=True)
+    batch = training_batch(cfg, images, samples(cfg, row.size, 2))
+    batch = model.data_preprocessor(batch, training=True)
     settle(model.backbone, batch['inputs'])
 
     loss, logged = model.train().parse_losses(model(**batch, mode='loss'))

@@ -1,7 +1,9 @@
 """A pretrained backbone behind other images than ImageNet's is warned of, with every launcher, in one line."""
 
+import importlib
+
 import pytest
-from existing_configs import ROWS, Row
+from existing_configs import MMYOLO, ROWS, Row
 from helpers import SMALL
 from mmengine.config import Config
 from mmengine.model import BaseDataPreprocessor, BaseModel, ImgDataPreprocessor
@@ -52,6 +54,7 @@ def test_imagenet_is_silent(kind, log):
             dict(mean=list(MEAN[::-1]), std=list(STD[::-1])),
             'BGR normalized with mean=[103.53, 116.28, 123.675], std=[57.375, 57.12, 58.395]',
         ),
+        (dict(mean=[0, 0, 0], std=[255, 255, 255], bgr_to_rgb=True), 'RGB from 0 to 1,'),
         (IMAGENET | dict(std=[1, 1, 1]), 'RGB normalized with mean=[123.675, 116.28, 103.53], std=[1.0, 1.0, 1.0]'),
         (dict(mean=[127.5], std=[127.5], bgr_to_rgb=True), 'RGB normalized with mean=[127.5], std=[127.5]'),
     ],
@@ -91,15 +94,22 @@ def test_bases_that_feed_something_else_are_seen(base):
 
 
 @pytest.mark.needs_ops
+@pytest.mark.parametrize('row', MMYOLO, ids=lambda row: row.name)
+def test_bases_of_mmyolo_are_seen(row):
+    pytest.importorskip('mmyolo', reason='MMYOLO, which needs mmcv below 2.1, is not installed')
+    expected = 'BGR normalized with' if 'rtmdet' in row.base else 'RGB from 0 to 1'
+    assert fed(preprocessor_of(Config.fromstring(f"_base_ = '{row.base}'", '.py'))).startswith(expected)
+
+
+@pytest.mark.needs_ops
 @pytest.mark.parametrize('row', ROWS, ids=lambda row: row.name)
 def test_documented_configs_feed_what_weights_expect(row: Row):
+    if 'mmyolo' in row.needs:
+        pytest.importorskip('mmyolo', reason='MMYOLO, which needs mmcv below 2.1, is not installed')
     assert fed(preprocessor_of(row.config())) is None
 
 
 def preprocessor_of(cfg: Config) -> nn.Module:
-    if cfg.default_scope == 'mmdet':
-        import mmdet.models  # noqa: F401
-    else:
-        import mmseg.models  # noqa: F401
+    importlib.import_module(f'{cfg.default_scope}.models')
     settings = dict(cfg.model.data_preprocessor, batch_augments=None)
     return MODELS.build(dict(settings, type=f'{cfg.default_scope}.{settings["type"]}'))

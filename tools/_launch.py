@@ -22,6 +22,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from repvit_mm._versions import mmyolo_problem
 from repvit_mm.backbone import check_channels
 from repvit_mm.checkpoint import CheckpointError, check_file, download
 from repvit_mm.compat.pytorch import lost_process
@@ -189,15 +190,25 @@ def read_config(path: Path, options: dict[str, Any]) -> Config:
     try:
         cfg = Config.fromfile(path)
     except Exception as error:  # anything can go wrong in a file of code
+        if 'mmyolo' in str(error):
+            check_mmyolo(path)
         hint = ' (save it as UTF-8 without a byte order mark)' if path.read_bytes().startswith(BOM_UTF8) else ''
         sys.exit(f'config {path} cannot be read: {one_line(error)}{hint}')
     try:
         cfg.merge_from_dict(options)
     except Exception as error:
         sys.exit(f'--cfg-options do not fit {path}: {one_line(error)}')
+    if cfg.get('default_scope') == 'mmyolo':
+        check_mmyolo(path)
     if cfg.get('default_scope') not in TASKS:
         sys.exit(f'config {path} has default_scope={cfg.get("default_scope")!r}: expected one of {", ".join(TASKS)}')
     return cfg
+
+
+def check_mmyolo(path: Path) -> None:
+    """Exit with one line if a config of MMYOLO's cannot be used here."""
+    if problem := mmyolo_problem():
+        sys.exit(f'config {path} is made for MMYOLO: {problem}')
 
 
 def build_runner(cfg: Config, *loops: str) -> Runner:

@@ -32,10 +32,10 @@ from repvit_mm.deploy.runtimes import RuntimeFileError, is_exported
 from repvit_mm.precision import HALF, PrecisionError, check_dtype
 
 METRICS = {
-    'mmdet': ('metric', ('bbox', 'segm', 'proposal', 'proposal_fast')),
-    'mmseg': ('iou_metrics', ('mIoU', 'mDice', 'mFscore')),
+    'detection': ('metric', ('bbox', 'segm', 'proposal', 'proposal_fast')),
+    'segmentation': ('iou_metrics', ('mIoU', 'mDice', 'mFscore')),
 }
-"""Scope -> its metric's option for what to evaluate, and the values that it takes."""
+"""Task -> its metric's option for what to evaluate, and the values that it takes."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,8 +47,8 @@ def parse_args() -> argparse.Namespace:
         '--eval',
         nargs='+',
         metavar='METRIC',
-        help=f'what to evaluate; detection: {" ".join(METRICS["mmdet"][1])}; '
-        f"segmentation: {' '.join(METRICS['mmseg'][1])} (default: the config's)",
+        help=f'what to evaluate; detection: {" ".join(METRICS["detection"][1])}; '
+        f"segmentation: {' '.join(METRICS['segmentation'][1])} (default: the config's)",
     )
     parser.add_argument('--fuse', action='store_true', help='fuse the backbone for deployment before the test')
     parser.add_argument(
@@ -82,10 +82,11 @@ def has_masks(node: Any) -> bool:
 
 def choose_metrics(cfg: Config, metrics: list[str]) -> None:
     """Put ``--eval`` into the config's metric; exits with one line unless it fits the task."""
-    option, valid = METRICS[cfg.default_scope]
+    task = TASKS[cfg.default_scope]
+    option, valid = METRICS[task]
     for metric in metrics:
         if metric not in valid:
-            sys.exit(f'--eval {metric}: {TASKS[cfg.default_scope]} takes {", ".join(valid)}')
+            sys.exit(f'--eval {metric}: {task} takes {", ".join(valid)}')
     if 'segm' in metrics and not has_masks(cfg.model):
         sys.exit('--eval segm: this detector predicts boxes only, take --eval bbox')
     targets = [evaluator for evaluator in evaluators_of(cfg, 'test') if option in evaluator]
@@ -99,10 +100,10 @@ def choose_metrics(cfg: Config, metrics: list[str]) -> None:
 def save_predictions(cfg: Config, out: str) -> None:
     """Put ``--out`` into the config, in the form that each framework gives it."""
     path = Path(out)
-    if cfg.default_scope == 'mmdet':
+    if TASKS[cfg.default_scope] == 'detection':
         if path.suffix not in ('.pkl', '.pickle'):
             sys.exit(f'--out {out}: detection saves a pickle file, expected a name that ends in .pkl')
-        cfg.test_evaluator = [*evaluators_of(cfg, 'test'), dict(type='DumpDetResults', out_file_path=out)]
+        cfg.test_evaluator = [*evaluators_of(cfg, 'test'), dict(type='mmdet.DumpDetResults', out_file_path=out)]
     else:
         if path.is_file() or path.suffix in ('.pkl', '.pickle'):
             sys.exit(f'--out {out}: segmentation saves PNGs in a folder, expected the name of one')
@@ -117,7 +118,7 @@ def show_predictions(cfg: Config, show_dir: str) -> None:
     if hook is None:
         sys.exit('--show-dir: the config has no default_hooks.visualization')
     hook.draw = True
-    if cfg.default_scope == 'mmdet':
+    if TASKS[cfg.default_scope] == 'detection':
         hook.test_out_dir = path
     else:
         hook.interval = 1  # MMSegmentation draws every 50th otherwise
@@ -130,10 +131,10 @@ def augment_tests(cfg: Config) -> None:
         sys.exit('--tta: MMDetection merges augmented boxes but not masks; test this detector without it')
     for _, dataset in plain_datasets(cfg.test_dataloader.dataset, 'test_dataloader.dataset'):
         dataset.pipeline = cfg.get('tta_pipeline') or flipped(dataset.pipeline)
-    if cfg.default_scope == 'mmdet':
+    if TASKS[cfg.default_scope] == 'detection':
         cfg.setdefault(
             'tta_model',
-            dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)),
+            dict(type='mmdet.DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)),
         )
     elif 'tta_model' not in cfg:
         sys.exit('--tta: the config has no tta_model and tta_pipeline; the ones of mmseg::_base_ have them')
@@ -165,7 +166,7 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         show_predictions(cfg, args.show_dir)
     if args.tta:
         augment_tests(cfg)
-    if args.ties_in_order and cfg.default_scope != 'mmdet':
+    if args.ties_in_order and TASKS[cfg.default_scope] != 'detection':
         sys.exit('--ties-in-order is for a detector: a segmentor sorts nothing')
     hooks = [dict(type='WholeCheckpointHook')]
     if args.fuse:

@@ -49,6 +49,25 @@ def offer_configs_of_forks() -> None:
                 MODULE2PACKAGE[module] = module
 
 
+def build_inherited_collate_functions() -> None:
+    """Let a data loader take a function that collates from another library's base, as MMYOLO's configs have it.
+
+    MMEngine adds ``_scope_`` to what a config inherits from a package, and then hands it to this function as an option,
+    which the function does not know. Seen with mmengine 0.7.4 and 0.10.7.
+    """
+    build = Runner.build_dataloader
+
+    @wraps(build)
+    def build_dataloader(dataloader: DataLoader | dict, *arguments: Any, **options: Any) -> DataLoader:
+        collate = dataloader.get('collate_fn') if isinstance(dataloader, dict) else None
+        if isinstance(collate, dict):
+            known = {name: value for name, value in collate.items() if name != '_scope_'}
+            dataloader = {**dataloader, 'collate_fn': known}
+        return build(dataloader, *arguments, **options)
+
+    Runner.build_dataloader = staticmethod(build_dataloader)
+
+
 def replace_reader_of_addresses(reader: Callable) -> None:
     """Replace MMEngine's ``load_from_http``.
 

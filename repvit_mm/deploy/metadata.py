@@ -10,7 +10,7 @@ KEY = 'repvit_mm'
 
 Task = Literal['detection', 'segmentation', 'backbone']
 
-TASKS: dict[str, Task] = {'mmdet': 'detection', 'mmseg': 'segmentation'}
+TASKS: dict[str, Task] = {'mmdet': 'detection', 'mmseg': 'segmentation', 'mmyolo': 'detection'}
 """Default scope of a config -> the task of its model."""
 
 

@@ -40,7 +40,7 @@ class ModelPredictor:
         self.task = TASKS[cfg.default_scope]
         self.classes, self.palette = class_names(cfg, read)
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
-            self.pipeline = image_pipeline(test_dataset(cfg).pipeline)
+            self.pipeline = image_pipeline(test_dataset(cfg).pipeline, cfg.default_scope)
 
     def __call__(self, image: np.ndarray) -> Prediction:
         """What is seen in an image ``(H, W, 3)``, uint8, BGR, in its own pixels.
@@ -61,8 +61,14 @@ class ModelPredictor:
         return Detections(found.bboxes, found.scores, found.labels, found.get('masks'))
 
 
-def image_pipeline(pipeline: Sequence[dict]) -> Compose:
-    """A test pipeline for an image that is in memory and has no annotations."""
+def image_pipeline(pipeline: Sequence[dict], scope: str) -> Compose:
+    """A test pipeline for an image that is in memory and has no annotations.
+
+    Args:
+        pipeline: The pipeline of a data set.
+        scope: The config's. MMYOLO takes the step for images in memory from MMDetection.
+    """
     steps = [copy.deepcopy(step) for step in pipeline if 'Annotations' not in step['type']]
-    steps[0]['type'] = steps[0]['type'].replace('LoadImageFromFile', 'LoadImageFromNDArray')
+    loader = steps[0]['type'].replace('LoadImageFromFile', 'LoadImageFromNDArray')
+    steps[0]['type'] = f'mmdet.{loader}' if scope == 'mmyolo' and '.' not in loader else loader
     return Compose(steps)

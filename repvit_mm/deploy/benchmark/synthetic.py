@@ -7,6 +7,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from ...compat.pytorch import BatchNorm
+from ..metadata import TASKS
 
 OBJECTS = 7
 """Annotated objects in each synthetic image of a detector, about COCO's mean."""
@@ -43,7 +44,7 @@ def make_trained_like(network: nn.Module, images: Tensor) -> None:
 def synthetic_samples(cfg: Config, model: nn.Module, batch: int, size: tuple[int, int]) -> dict[str, Any]:
     """Noise with random annotations of the config's task, as a data loader would give it."""
     classes = max((head.num_classes for head in model.modules() if hasattr(head, 'num_classes')), default=2)
-    if cfg.default_scope == 'mmdet':
+    if TASKS[cfg.default_scope] == 'detection':
         from mmdet.testing import demo_mm_inputs
 
         with_mask = getattr(model, 'with_mask', False)
