@@ -182,7 +182,7 @@ def write_executorch(graph: Graph, images: Tensor, info: FileInfo, path: Path, o
     lower_executorch(exported_program(graph, images, options), info, path)
 
 
-def lower_executorch(program: torch.export.ExportedProgram, info: FileInfo, path: Path) -> None:
+def lower_executorch(program: 'torch.export.ExportedProgram', info: FileInfo, path: Path) -> None:
     """Write a program for ExecuTorch; XNNPACK computes everything that it supports."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
@@ -194,7 +194,7 @@ def lower_executorch(program: torch.export.ExportedProgram, info: FileInfo, path
     path.write_bytes(edge.to_executorch().buffer)
 
 
-def exported_program(graph: Graph, images: Tensor, options: Options) -> torch.export.ExportedProgram:
+def exported_program(graph: Graph, images: Tensor, options: Options) -> 'torch.export.ExportedProgram':
     """A graph as ``torch.export`` gives it."""
     check_torch('torch_export')
     any_size = torch.export.Dim.AUTO
@@ -286,7 +286,9 @@ def check_libraries(purpose: str, libraries: Sequence[str]) -> None:
         ExportError: that names all of them.
     """
     if missing := [library for library in libraries if not versions([library])]:
-        raise ExportError(f'{purpose} needs the package {" and ".join(missing)}: pip install {" ".join(missing)}')
+        kept = ' "numpy<2"' if np.__version__.startswith('1.') else ''  # else pip may replace the one that is there
+        names = ' and '.join(missing)
+        raise ExportError(f'{purpose} needs the package {names}: pip install {" ".join(missing)}{kept}')
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import track
 
+from .._versions import too_old
 from ..compat.openvino import openvino_core
 from ..messages import one_line
 from .evaluate import MismatchError, put_file
@@ -35,12 +36,15 @@ from .structure import Layer
 from .timing import Spread, interleave
 from .verify import TOLERANCES, Difference, compare
 
+MEASURING = ('onnx', 'onnxruntime', 'ml_dtypes')
+"""The distributions that measure sensitivity for every target. onnx before 1.19 does not bring the last one along."""
+
 LIBRARIES = {
-    'onnx': ('onnx', 'onnxruntime'),
-    'openvino': ('onnx', 'onnxruntime', 'openvino', 'nncf'),
-    'executorch': ('onnx', 'onnxruntime', 'executorch', 'torchao'),
+    'onnx': MEASURING,
+    'openvino': (*MEASURING, 'openvino', 'nncf'),
+    'executorch': (*MEASURING, 'executorch', 'torchao'),
 }
-"""Target that supports int8 -> the distributions that it needs. ONNX Runtime measures sensitivity for all of them."""
+"""Target that supports int8 -> the distributions that it needs."""
 
 HALF_RANGE = 'int8, half range'
 """What the report calls a file whose weights take half of their range; the other one is ``'int8'``."""
@@ -238,6 +242,9 @@ def check_target(target: str, path: Path, options: Options) -> None:
     if options.precision != 'float32':
         raise ExportError(f'--int8 starts from float32: leave {"--bf16" if options.bf16 else "--half"} out')
     check_options(target, path, options)
+    # NNCF cannot be imported beside an older one.
+    if target == 'openvino' and (reason := too_old('--int8 for openvino', '2.6')):
+        raise ExportError(reason)
     check_libraries(f'--int8 for {target}', LIBRARIES[target])
 
 
