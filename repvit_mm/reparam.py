@@ -157,7 +157,8 @@ def identity_weight(like: Tensor) -> Tensor:
     """The weight that leaves a map as it is, for the channels, groups, size, dtype and device of ``like``."""
     out_channels, in_channels_per_group, height, width = like.shape
     # Output channel c of a group takes its input channel c. Not nn.init.dirac_, which takes a step for each channel.
-    centre = torch.eye(in_channels_per_group, dtype=like.dtype, device=like.device)
+    # In float32 first: before torch 2.2 there is none in bfloat16.
+    centre = torch.eye(in_channels_per_group, device=like.device).to(like.dtype)
     centre = centre.repeat(out_channels // in_channels_per_group, 1)[:, :, None, None]
     return pad_weight(centre, (height, width))
 

@@ -3,6 +3,8 @@
 ``python tests/stacks.py`` writes it. A stack's file ends its first comment with what ``make test STACK=...`` printed::
 
     # Tested 2026-12-01 with Python 3.11: 5,246 passed, 24 skipped.
+
+A stack that was not tested as a whole has no such line.
 """
 
 import re
@@ -29,7 +31,7 @@ COLUMNS = {
 }
 """Column -> the distributions that it is installed as."""
 
-BEGIN, END = '<!-- versions: written by `python tests/stacks.py` -->\n', '<!-- end of versions -->\n'
+BEGIN, END = '<!-- versions: written by `python tests/stacks.py` -->\n\n', '<!-- end of versions -->\n'
 
 
 def table() -> str:
@@ -39,9 +41,10 @@ def table() -> str:
         text = (ROOT / 'requirements' / f'{stack}.txt').read_text()
         versions = dict(re.findall(r'^([\w-]+)((?:[=<>]=?[\d.]+,?)+)', text, re.M))
         found = [next(versions[name] for name in names if name in versions) for names in COLUMNS.values()]
-        date, python, result = re.search(r'^# Tested (\S+) with (Python \S+): (.+)\.$', text, re.M).groups()
+        tested = re.search(r'^# Tested (\S+) with (Python \S+): (.+)\.$', text, re.M)
+        result = '{2} ({0}, {1})'.format(*tested.groups()) if tested else 'not run as a whole'
         cells = [f'`{stack}`: {purpose}', *(version.removeprefix('==') for version in found)]
-        lines.append(f'| {" | ".join(cells)} | {result} ({date}, {python}) |')
+        lines.append(f'| {" | ".join(cells)} | {result} |')
     return '\n'.join(lines) + '\n'
 
 

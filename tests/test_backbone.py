@@ -29,6 +29,7 @@ from helpers import (
     randomize,
     relative_error,
     since,
+    since_torch,
     slow_but,
 )
 from mmengine.config import ConfigDict
@@ -960,10 +961,12 @@ class TestTorch:
         assert max(relative_error(actual[name], gradient) for name, gradient in expected.items()) < 1e-4
 
     @pytest.mark.slow
+    @since_torch('2.6', 'torch.compile of these networks')
     def test_compile(self, build, x):
         self.check_compiled(build(norm_eval=True, out_indices=(0, 1)), x, 'aot_eager')
 
     @pytest.mark.slow
+    @since_torch('2.6', 'torch.compile of these networks')
     @pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a compiler')
     def test_compile_to_machine_code(self, x):
         """Of one network: a translation takes half a minute."""

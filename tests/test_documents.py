@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from stacks import README, STACKS, with_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')])
@@ -42,3 +43,8 @@ def test_site_lists_every_page():
 
 def test_readme_is_short():
     assert len((ROOT / 'README.md').read_text().splitlines()) <= 120
+
+
+def test_readme_tells_the_stacks():
+    assert with_table(README.read_text()) == README.read_text()
+    assert {path.stem for path in ROOT.glob('requirements/*.txt')} == set(STACKS)

@@ -54,6 +54,8 @@ def test_collections(path):
 def test_lengths_are_those_of_the_configs(name):
     from mmengine.config import Config
 
+    if 'yolov5' in name:
+        pytest.importorskip('mmyolo', reason='MMYOLO, which needs mmcv below 2.1, is not installed')
     _, model = MODELS[name]
     loop = Config.fromfile(ROOT / model['Config']).train_cfg
     expected = {'Epochs': loop.get('max_epochs'), 'Iterations': loop.get('max_iters')}

@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from email.parser import Parser
 from importlib import metadata as distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -292,6 +293,7 @@ def test_configs_can_be_built_upon_from_any_folder(elsewhere, tmp_path):
     the scope `repvit_mm` nothing is registered.
     """
     paths = sorted((ROOT / 'configs').glob('[ds]e[tg]/*.py'))
+    paths = [path for path in paths if not path.stem.startswith('yolov5') or find_spec('mmyolo')]
     assert paths
     for path in paths:
         (tmp_path / path.name).write_text(f"_base_ = 'repvit_mm::{path.relative_to(ROOT / 'configs')}'\n")
@@ -303,7 +305,7 @@ def test_configs_can_be_built_upon_from_any_folder(elsewhere, tmp_path):
         'from mmengine.runner import Runner\n'
         '# For each of its bases a config reads all of a model index, a hundred files of MMDetection.\n'
         'utils.load = functools.cache(utils.load)\n'
-        f'for path in Path("{ROOT}/configs").glob("[ds]e[tg]/*.py"):\n'
+        f'for path in map(Path, {[*map(str, paths)]}):\n'
         '    mine, theirs = (Config.fromfile(file).to_dict() for file in (path.name, path))\n'
         '    for key in theirs.keys() & inspect.signature(Runner).parameters:\n'
         '        assert mine[key] == theirs[key], (path.name, key, mine[key])\n'

@@ -221,7 +221,8 @@ def build_runner(cfg: Config, *loops: str) -> Runner:
     if cfg.get('launcher') == 'pytorch' and get_device() == 'cpu':
         # MMEngine would want a GPU for each process. If there is a process group already, it uses that one.
         timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
-        torch.distributed.init_process_group('gloo', timeout=timeout and timedelta(seconds=timeout))
+        options = {'timeout': timedelta(seconds=timeout)} if timeout else {}
+        torch.distributed.init_process_group('gloo', **options)
         wrapper = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
         cfg.setdefault(
             'model_wrapper_cfg', dict(wrapper, find_unused_parameters=cfg.get('find_unused_parameters', False))

@@ -132,9 +132,10 @@ def augment_tests(cfg: Config) -> None:
     for _, dataset in plain_datasets(cfg.test_dataloader.dataset, 'test_dataloader.dataset'):
         dataset.pipeline = cfg.get('tta_pipeline') or flipped(dataset.pipeline)
     if TASKS[cfg.default_scope] == 'detection':
+        prefix = 'mmdet.' if cfg.default_scope == 'mmyolo' else ''
         cfg.setdefault(
             'tta_model',
-            dict(type='mmdet.DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)),
+            dict(type=f'{prefix}DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)),
         )
     elif 'tta_model' not in cfg:
         sys.exit('--tta: the config has no tta_model and tta_pipeline; the ones of mmseg::_base_ have them')
