@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from email.parser import Parser
@@ -178,6 +179,30 @@ def test_nothing_is_installed_beside_the_package(metadata):
     requirements = [Requirement(text) for text in metadata.get_all('Requires-Dist')]
     assert requirements
     assert [str(r) for r in requirements if r.marker is None or r.marker.evaluate({'extra': ''})] == ['safetensors']
+
+
+@pytest.mark.slow
+def test_plain_install_touches_nothing_that_is_there(checkout, tmp_path):
+    """pip lists the same distributions in the same versions before and after, and this one beside them."""
+    environment = tmp_path / 'environment'
+    run(sys.executable, '-m', 'venv', '--without-pip', environment, cwd=tmp_path)
+    (folder,) = environment.glob('lib/python*/site-packages')
+    # All that is installed here, but for the checkout that it is tried from.
+    there = tmp_path / 'there'
+    there.mkdir()
+    for path in Path(sysconfig.get_path('purelib')).iterdir():
+        if 'repvit_mm' not in path.name:
+            (there / path.name).symlink_to(path)
+    (folder / 'there.pth').write_text(f'{there}\n')
+    pip = (environment / 'bin/python', '-m', 'pip', '--disable-pip-version-check')
+    before = run(*pip, 'list', '--format', 'freeze', cwd=tmp_path).splitlines()
+    # Without an index nothing else can come along; the build needs setuptools, which is there.
+    run(*pip, 'install', '--no-index', '--no-build-isolation', checkout, cwd=tmp_path)
+    after = run(*pip, 'list', '--format', 'freeze', cwd=tmp_path).splitlines()
+    assert len(before) > 20 and sorted([*before, f'repvit_mm=={repvit_mm.__version__}']) == sorted(after)
+    assert 'RepViT' in run(
+        environment / 'bin/python', '-c', 'from repvit_mm import RepViT; print(RepViT)', cwd=tmp_path
+    )
 
 
 def wanted_by(metadata, extra: str) -> dict[str, Requirement]:
