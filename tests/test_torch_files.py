@@ -160,10 +160,10 @@ def test_places_of_tensors(save, where):
 
 
 @since_torch('2.7', 'mapping by default')
-def test_files_are_mapped_where_torch_maps_them(save, monkeypatch):
+def test_files_are_mapped_where_torch_maps_them(save):
     path = save({'a': torch.arange(6.0).view(2, 3)})
-    monkeypatch.setattr(torch.utils.serialization.config.load, 'mmap', True)
-    found = read_checkpoint(path)['a']
+    with torch.utils.serialization.config.patch('load.mmap', True):
+        found = read_checkpoint(path)['a']
     assert str(path) in Path('/proc/self/maps').read_text()
     found += 1
     assert found.tolist() == [[1, 2, 3], [4, 5, 6]] and read_checkpoint(path)['a'][0, 0] == 0

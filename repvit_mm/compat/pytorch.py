@@ -333,8 +333,9 @@ def draw_indices(batches: Iterator) -> None:
 
 def maps_checkpoints() -> bool:
     """Whether ``torch.load`` was told to map files into memory by default, which it can be since torch 2.7."""
-    settings = getattr(torch.utils.serialization, 'config', None) if hasattr(torch.utils, 'serialization') else None
-    return bool(settings and settings.load.mmap)
+    serialization = getattr(torch.utils, 'serialization', None)
+    settings = getattr(getattr(serialization, 'config', None), 'load', None)
+    return bool(getattr(settings, 'mmap', False))
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module]:
