@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from itertools import islice
 from typing import Any, ClassVar
 
 import torch
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -213,6 +215,7 @@ class ReparamBackbone(BaseModule, ABC):
         deploy: Build the network with its blocks already fused. It cannot be trained. Unfused checkpoints are fused
             on load.
         init_cfg: Initialization, e.g. ``dict(type='Pretrained', checkpoint=...)``; the authors' files load as they are.
+            It replaces the ``pretrained`` that a base of MMSegmentation's may hand on.
 
     Raises:
         ValueError: if a value is not valid; names the option and the nearest valid value.
@@ -252,6 +255,9 @@ class ReparamBackbone(BaseModule, ABC):
         init_cfg: dict | list[dict] | None = None,
         **unknown: Any,
     ) -> None:
+        if init_cfg and 'pretrained' in unknown:  # a stock config of MMSegmentation's hands on what its ResNet reads
+            left = unknown.pop('pretrained')
+            print_log(f'{type(self).__name__}: init_cfg replaces pretrained={left!r}', 'current', logging.WARNING)
         refuse_unknown(type(self), unknown)
         super().__init__(init_cfg)
         self.spec = self._resolve_spec(arch)

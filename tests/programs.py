@@ -40,7 +40,7 @@ PROCESSES.set_forkserver_preload(
 
 def launch(
     folder: Path,
-    tool: str,
+    tool: str | Path,
     *arguments: object,
     first: Callable[[], None] | None = None,
     meanwhile: Callable[[int], None] | None = None,
@@ -52,7 +52,7 @@ def launch(
 
     Args:
         folder: The folder.
-        tool: The tool's file name.
+        tool: The tool's file name, or the path of somebody else's launcher.
         arguments: Of the tool.
         first: Called in the process before the tool; has to be picklable.
         meanwhile: Called here while the tool runs, with its process's id.
@@ -74,7 +74,7 @@ def launch(
 
 def _run(
     folder: Path,
-    tool: str,
+    tool: str | Path,
     arguments: list[str],
     environment: Mapping[str, str],
     streams: Path,
@@ -90,8 +90,9 @@ def _run(
     be_quick()
     if first:
         first()
-    sys.path[:0] = [str(TOOLS), *filter(None, environment.get('PYTHONPATH', '').split(os.pathsep))]
-    sys.argv = [str(TOOLS / tool), *arguments]
+    path = TOOLS / tool
+    sys.path[:0] = [str(path.parent), *filter(None, environment.get('PYTHONPATH', '').split(os.pathsep))]
+    sys.argv = [str(path), *arguments]
     runpy.run_path(sys.argv[0], run_name='__main__')
 
 
@@ -116,7 +117,7 @@ def spare_mmengine() -> None:
     mmengine.runner.runner.get_git_hash = lambda *_: 'unknown'
 
 
-def launch_anew(folder: Path, tool: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+def launch_anew(folder: Path, tool: str | Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
     """Run ``python tools/TOOL ARGUMENTS`` in a folder, with a Python that imports all anew."""
     return run(folder, sys.executable, TOOLS / tool, *arguments, **environment)
 

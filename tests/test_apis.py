@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,11 @@ def test_inferencer(models, task, form, file, image):
     else:
         from mmseg.apis import MMSegInferencer as Inferencer
 
+    # MMDetection 3.0 spells it without the last letter.
+    samples = next(name for name in signature(Inferencer.__call__).parameters if name.startswith('return_datasample'))
+
     def predict(inferencer: Any) -> Any:
-        result = inferencer(image, return_datasamples=True)
+        result = inferencer(image, **{samples: True})
         return result['predictions'][0] if task == 'det' else result
 
     inferencer = Inferencer(config(task, form), str(file), device='cpu')

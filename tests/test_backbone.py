@@ -831,6 +831,12 @@ class TestArguments:
     def test_bad_argument_names_itself_and_what_is_valid(self, cls, options, error, words):
         self.check(cls, options, error, words)
 
+    def test_weights_of_its_own_replace_those_of_a_base(self, log):
+        """Stock segmentors hand what their ResNet starts from to any backbone that a config puts in its place."""
+        init_cfg = dict(type='Pretrained', checkpoint='a.pth')
+        assert RepViT('m0_6', pretrained='open-mmlab://resnet50_v1c', init_cfg=init_cfg).init_cfg == init_cfg
+        assert log == ["RepViT: init_cfg replaces pretrained='open-mmlab://resnet50_v1c'"]
+
     @pytest.mark.parametrize(
         ('cls', 'options', 'words'),
         [

@@ -19,6 +19,7 @@ from packaging.specifiers import SpecifierSet
 
 import repvit_mm
 from repvit_mm._versions import FRAMEWORKS
+from repvit_mm.datasets.shapes import write_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
@@ -337,3 +338,24 @@ def test_configs_can_be_built_upon_from_any_folder(elsewhere, tmp_path):
         '    print("same")'
     )
     assert output.split().count('same') == len(paths)
+
+
+@pytest.mark.slow
+@pytest.mark.needs_ops
+def test_mim_trains_and_tests_by_the_name_of_the_package(installed, tmp_path):
+    """mim looks for a config of this name in the package, and hands it to the launcher that lies under ``.mim``."""
+    package = installed / 'repvit_mm'
+    (config,) = package.rglob('fpn_repvit_m0_6_shapes.py')
+    assert not (package / 'tools').exists(), 'mim would look for launchers there'
+    tools = package / '.mim' / 'tools'
+    variables = {'PYTHONPATH': str(installed)}
+    for tool in ('train', 'test'):  # else mim would add the option
+        assert '--gpus' not in run(sys.executable, tools / f'{tool}.py', '--help', cwd=tmp_path, **variables)
+    write_shapes(tmp_path / 'data/shapes', train=2, val=1, size=64)
+    loaders = [f'{split}_dataloader' for split in ('train', 'val', 'test')]
+    workers = [f'{loader}.{key}' for loader in loaders for key in ('num_workers=0', 'persistent_workers=False')]
+    options = ('--launcher', 'none', '--work-dir', 'mim', '--cfg-options', 'train_dataloader.batch_size=2', *workers)
+    short = ('train_cfg.max_iters=1', 'train_cfg.val_interval=1', 'default_hooks.checkpoint.interval=1')
+    run(sys.executable, tools / 'train.py', config, *options, *short, cwd=tmp_path, **variables)
+    tested = run(sys.executable, tools / 'test.py', config, 'mim/iter_1.pth', *options, cwd=tmp_path, **variables)
+    assert re.search(r'mIoU: +\d', tested)

@@ -328,7 +328,7 @@ def prepare_pretrained(cfg: Config, pretrained: str | None) -> None:
     """Put ``--pretrained`` into the config and make sure that the backbone's pretrained file is available.
 
     Args:
-        cfg: The config; its ``model.backbone.init_cfg`` may change.
+        cfg: The config; its ``model.backbone.init_cfg`` may change, and ``model.pretrained`` is dropped then.
         pretrained: A path or an address, ``'none'`` for random weights, or ``None`` for what the config says.
     """
     backbone = cfg.model.get('backbone')
@@ -336,6 +336,7 @@ def prepare_pretrained(cfg: Config, pretrained: str | None) -> None:
         if backbone is None:
             sys.exit('--pretrained: the config has no model.backbone to load it into')
         backbone.init_cfg = None if pretrained == 'none' else dict(type='Pretrained', checkpoint=pretrained)
+        cfg.model.pop('pretrained', None)  # MMSegmentation's way to name a backbone's weights
     init_cfg: Any = backbone.get('init_cfg') if backbone else None
     if not isinstance(init_cfg, dict) or init_cfg.get('type') != 'Pretrained':
         return

@@ -98,8 +98,9 @@ def build_model(cfg: Config, deploy: bool = False) -> nn.Module:
     """
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model = copy.deepcopy(cfg.model)
+    model.pop('pretrained', None)  # what they would download is overwritten
     if isinstance(model.get('backbone'), dict):
-        model.backbone.init_cfg = None  # what it would download is overwritten
+        model.backbone.init_cfg = None
         if deploy and is_fusable(model.backbone.get('type')):
             model.backbone.deploy = True
     try:
