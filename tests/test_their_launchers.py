@@ -28,6 +28,7 @@ from small_models import like_trained
 from torch import Tensor
 
 from repvit_mm import switch_to_deploy
+from repvit_mm.checkpoint import read_checkpoint
 from repvit_mm.datasets.shapes import write_shapes
 from repvit_mm.deploy.load import build_model
 
@@ -229,8 +230,8 @@ def test_our_own_launchers_take_the_same_lines(folder, case):
 
 def test_training_starts_from_the_weights_that_the_lines_name(folder, trained):
     """Statistics stay as they are (``norm_eval``), while weights are learned."""
-    weights = torch.load(folder / 'weights.pth')
-    first, last = (torch.load(folder / trained.name / name)['state_dict'] for name in trained.checkpoints)
+    weights = read_checkpoint(folder / 'weights.pth')
+    first, last = (read_checkpoint(folder / trained.name / name)['state_dict'] for name in trained.checkpoints)
     for name, tensor in weights.items():
         if name.endswith(('running_mean', 'running_var')):
             assert torch.equal(first[f'backbone.{name}'], tensor) and torch.equal(last[f'backbone.{name}'], tensor)
