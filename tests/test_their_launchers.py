@@ -210,11 +210,11 @@ def trained(request: pytest.FixtureRequest, folder: Path) -> Case:
     assert '--gpus' not in train.read_text(), 'mim would add options'
     command = (folder, train, f'{case.name}.py')
     said = output(launch_anew(*command, '--launcher', 'none', *work_dir, '--cfg-options', *case.options))
-    assert re.search(r'weights.pth: RepViT m1_1, training form, our names: (\d+)/\1 backbone tensors loaded', said)
+    assert re.search(r'weights.pth: RepViT \w+, training form, our names: (\d+)/\1 backbone tensors loaded', said)
     first, last = (folder / case.name / name for name in case.checkpoints)
     assert first.is_file() and not last.exists()
     said = output(launch(*command, *work_dir, '--resume', '--cfg-options', *case.options, case.longer))
-    assert re.search('resumed epoch: 1, iter: 2|resumed epoch: 0, iter: 2', said) and last.is_file()
+    assert re.search('resumed epoch: [01], iter: 2', said) and last.is_file()
     return case
 
 
