@@ -380,11 +380,15 @@ class StopOnSignalHook(Hook):
         Raises:
             Stopped: always.
         """
-        self.after_train(runner)
-        if self.saved_at == iteration:
-            path = runner.message_hub.get_info('last_ckpt')
-        else:
-            path = self.save(runner, f'stopped_iter_{iteration}.pth', dict(epoch=runner.epoch, iter=iteration))
+        try:
+            if self.saved_at == iteration:
+                path = runner.message_hub.get_info('last_ckpt')
+            else:
+                path = self.save(runner, f'stopped_iter_{iteration}.pth', dict(epoch=runner.epoch, iter=iteration))
+        finally:
+            # Not earlier: MMEngine asks git for its commit as it saves. When that process ends, torch would raise for
+            # the workers that the same signal ended.
+            self.after_train(runner)
         loop = runner.train_loop
         by_iteration = isinstance(loop, IterBasedTrainLoop)
         complete = iteration >= loop.max_iters if by_iteration else loop.epoch >= loop.max_epochs

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ from repvit_mm.resume import (
     UNFINISHED,
     OptimizerError,
     ResumableCheckpointHook,
+    StopOnSignalHook,
     Stopped,
     fast_forward,
     make_resumable,
@@ -509,6 +511,34 @@ def test_validation_before_which_nothing_was_saved_runs_to_its_end(make_folder, 
     assert latest(folder).name == 'stopped_iter_6.pth'
     assert run(folder, 'epoch', resume=True, **rare) == 0
     assert same(folder, never_stopped['epoch'])
+
+
+def test_workers_that_the_signal_ended_do_not_disturb_the_checkpoint(monkeypatch):
+    """MMEngine runs git as it saves. The end of any process calls torch's handler, which raises for lost workers."""
+
+    def handler(*_):
+        raise RuntimeError('DataLoader worker is killed by signal')
+
+    def save(*_):
+        subprocess.run(['true'], check=True)
+        return 'saved.pth'
+
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGCHLD, *StopOnSignalHook.signals)}
+    signal.signal(signal.SIGCHLD, handler)
+    try:
+        hook = StopOnSignalHook()
+        hook.before_train(None)
+        signal.raise_signal(signal.SIGTERM)
+        monkeypatch.setattr(hook, 'save', save)
+        loop = SimpleNamespace(epoch=0, max_epochs=2)
+        with pytest.raises(Stopped, match='saved.pth is saved, --resume goes on'):
+            hook.stop(SimpleNamespace(epoch=0, train_loop=loop), 1)
+        assert signal.getsignal(signal.SIGCHLD) is handler
+        with pytest.raises(RuntimeError, match='DataLoader worker'):
+            save()
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 @pytest.mark.parametrize('patience', [0.0, 100.0])
