@@ -87,15 +87,14 @@ def mmyolo_problem() -> str:
     Its last release is 0.6.0. Importing it beside an mmcv that it does not know raises an AssertionError.
     """
     version, mmcv = installed_version('mmyolo', ('mmyolo',)), installed_version('mmcv', FRAMEWORKS['mmcv'][0])
-    fits = mmcv is not None and is_between(mmcv, '2.0.0', '2.1.0')
-    if version is None:
-        problem = 'MMYOLO is not installed: pip install mmyolo==0.6.0'
-        problem += '' if fits else f', and an mmcv from 2.0 and below 2.1, which it needs: this is mmcv {mmcv}'
-    elif not fits:
-        problem = f'MMYOLO {version} refuses mmcv {mmcv}: install mmcv 2.0.1, or another from 2.0 and below 2.1'
-    else:
+    fits = is_between(mmcv or '0', '2.0.0', '2.1.0')
+    if version and fits:
         return ''
-    return f'{problem}; `make setup STACK=oldest` makes an environment with both'
+    problem = '' if version else 'MMYOLO is not installed: pip install mmyolo==0.6.0; '
+    if not fits:
+        found = f'this is mmcv {mmcv}' if mmcv else 'there is none'
+        problem += f'MMYOLO {version or "0.6.0"} needs an mmcv from 2.0 and below 2.1, {found}; '
+    return f'{problem}`make setup STACK=oldest` makes an environment with both'
 
 
 def check_frameworks() -> None:

@@ -115,7 +115,7 @@ def check_channels(model: nn.Module, config: Mapping[str, Any]) -> None:
     index = config[part].get('in_index')
     if part == 'decode_head' and isinstance(index, Sequence):
         given = [given[i] for i in index if i < len(given)]
-    if 'widen_factor' in config[part] and len(wanted) == len(given):
+    if hasattr(getattr(model, part, None), 'widen_factor') and len(wanted) == len(given):
         check_widened(model, config)
     elif list(wanted) != given:
         raise ValueError(f'model.{part}.in_channels is {list(wanted)}, the backbone gives maps of {given} channels')
@@ -131,26 +131,25 @@ def check_widened(model: nn.Module, config: Mapping[str, Any]) -> None:
         ValueError: as :func:`check_channels`.
     """
     indices, like = model.backbone.out_indices, next(model.neck.parameters())
-    sides = [2 ** (indices[-1] - index) for index in indices]
     maps = [
-        like.new_zeros(1, width, side, side) for width, side in zip(model.backbone.out_channels, sides, strict=True)
+        like.new_zeros(1, width, 2 ** (indices[-1] - index), 2 ** (indices[-1] - index))
+        for index, width in zip(indices, model.backbone.out_channels, strict=True)
     ]
-    parts = {'neck': (model.neck, config['neck'])}
+    parts = [('neck', model.neck, config['neck'], 'backbone')]
     head = (config.get('bbox_head') or {}).get('head_module')
     if isinstance(head, Mapping):
-        parts['bbox_head.head_module'] = model.bbox_head.head_module, head
-    for (name, (part, settings)), source in zip(parts.items(), ('backbone', 'neck'), strict=False):
-        given, trains = [map_.shape[1] for map_ in maps], part.training
+        parts.append(('bbox_head.head_module', model.bbox_head.head_module, head, 'neck'))
+    for name, part, settings, source in parts:
+        wanted, given, trains = settings.get('in_channels'), [map_.shape[1] for map_ in maps], part.training
         part.eval()
         try:
             maps = part(maps)
         except (RuntimeError, AssertionError) as error:
-            single = isinstance(settings.get('in_channels'), int) and len(set(given)) == 1
-            reason = f' ({one_line(error)})' if str(error) else ''
+            fitting = given[0] if isinstance(wanted, int) else given
             raise ValueError(
-                f'model.{name} with in_channels={settings.get("in_channels")} and '
-                f"widen_factor={settings.get('widen_factor', 1.0)} does not take the {source}'s maps of {given} "
-                f'channels: set in_channels={given[0] if single else given} and widen_factor=1.0{reason}'
+                f'model.{name} with in_channels={wanted} and widen_factor={settings.get("widen_factor", 1.0)} does not '
+                f"take the {source}'s maps of {given} channels: set in_channels={fitting} and widen_factor=1.0 "
+                f'({one_line(error)})'
             ) from error
         finally:
             part.train(trains)

@@ -9,7 +9,7 @@ import torch
 from helpers import relative_error
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
-from mmengine.runner import CheckpointLoader
+from mmengine.runner import CheckpointLoader, Runner
 from torch import nn
 
 import repvit_mm
@@ -54,6 +54,16 @@ def test_configs_of_a_package_can_be_inherited_from(tmp_path, monkeypatch):
     offer_configs('my_package', 'my_package.part')
     cfg = Config.fromfile(tmp_path / 'config.py')
     assert (cfg.a, cfg.b) == (1, 2)
+
+
+def test_collate_functions_that_a_config_inherits_can_be_built():
+    """MMEngine notes in each part of an inherited config where it is from; MMYOLO's name a function there."""
+    collate = dict(type='pseudo_collate', _scope_='mmengine')
+    loader = dict(batch_size=2, dataset=[1, 2], sampler=dict(type='DefaultSampler', shuffle=False), collate_fn=collate)
+    assert list(Runner.build_dataloader(loader)) == [[1, 2]]
+    assert collate == dict(type='pseudo_collate', _scope_='mmengine')
+    with pytest.raises(TypeError, match='_scope_'):
+        list(Runner.build_dataloader.__wrapped__(loader))
 
 
 def test_hooks_are_seen():

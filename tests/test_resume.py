@@ -531,7 +531,7 @@ def test_workers_that_the_signal_ended_do_not_disturb_the_checkpoint(monkeypatch
         signal.raise_signal(signal.SIGTERM)
         monkeypatch.setattr(hook, 'save', save)
         loop = SimpleNamespace(epoch=0, max_epochs=2)
-        with pytest.raises(Stopped, match='saved.pth is saved, --resume goes on'):
+        with pytest.raises(Stopped, match=r'saved\.pth is saved, --resume goes on'):
             hook.stop(SimpleNamespace(epoch=0, train_loop=loop), 1)
         assert signal.getsignal(signal.SIGCHLD) is handler
         with pytest.raises(RuntimeError, match='DataLoader worker'):

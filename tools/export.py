@@ -101,6 +101,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = read_config(Path(args.config), args.cfg_options)
     check_checkpoint(args.checkpoint)
+    if cfg.default_scope == 'mmyolo' and args.what == 'model':
+        head = cfg.model.get('bbox_head', {}).get('type', 'its head')
+        sys.exit(f'{head} of MMYOLO cannot be exported; --what backbone exports the backbone')
     if args.trust_checkpoint:
         trust(args.checkpoint)
     name = Path(args.config).stem

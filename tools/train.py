@@ -15,6 +15,7 @@ from _launch import (
     check_checkpoint,
     check_data,
     failures_told,
+    is_first_process,
     load_config,
     prepare_pretrained,
     start,
@@ -161,6 +162,18 @@ def where_to_go_on(work_dir: str) -> str:
     return f'--resume goes on from {latest}' if latest else 'no checkpoint was saved before'
 
 
+def tell_what_is_left_out(runner: Runner) -> None:
+    """Warn of parameters that would not learn, as FastViT's layer scales with MMYOLO's constructor of optimizers."""
+    groups = runner.optim_wrapper.param_groups
+    if isinstance(groups, list):  # those of several optimizers are in a dictionary
+        learned = {id(parameter) for group in groups for parameter in group['params']}
+        parameters = [(name, each) for name, each in runner.model.named_parameters() if each.requires_grad]
+        left = [name for name, parameter in parameters if id(parameter) not in learned]
+        if left and is_first_process():
+            text = f'{len(left)} of {len(parameters)} parameters will not learn, {left[0]} first'
+            print(f'warning: the optimizer leaves some out: {text}; see optim_wrapper.constructor', file=sys.stderr)
+
+
 def main() -> None:
     """Train."""
     args = parse_args()
@@ -191,6 +204,7 @@ def train(cfg: Config, pretrained: str | None) -> None:
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
         except Exception as error:
             sys.exit(f'optim_wrapper cannot be built from {dict(cfg.optim_wrapper)}: {one_line(error)}')
+        tell_what_is_left_out(runner)
     runner.train()
 
 

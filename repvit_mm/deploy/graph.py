@@ -74,7 +74,7 @@ class Preprocess(nn.Module):
         if type(preprocessor) is BaseDataPreprocessor:  # it only moves and stacks
             return cls(bgr=True)
         known = ('DetDataPreprocessor', 'SegDataPreProcessor', 'ImgDataPreprocessor')
-        name = type(preprocessor).__name__
+        name = type(preprocessor).__name__.removeprefix('YOLOv5')  # MMYOLO's differs in training only
         if name not in known:
             raise ExportError(f'the data preprocessor {name} cannot be exported: expected one of {", ".join(known)}')
         options = {}
