@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import mmengine
 import mmengine.runner.checkpoint
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.dataset import BaseDataset
@@ -23,7 +24,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .._versions import FRAMEWORKS
+from .._versions import FRAMEWORKS, is_between
 from ..files import write_whole
 
 
@@ -31,9 +32,10 @@ def offer_configs(package: str, module: str) -> None:
     """Let configs inherit from a package's: ``_base_ = '<package>::...'``.
 
     MMEngine has a fixed table of packages and the names of their distributions. It looks for configs among the files of
-    the distribution, which an editable install does not have. By the name of a module it finds the package itself.
+    the distribution, which an editable install does not have. By the name of a module it finds the package itself;
+    before 0.8 it knows distributions only, and their place, which is the checkout of an editable install.
     """
-    MODULE2PACKAGE.setdefault(package, module)
+    MODULE2PACKAGE.setdefault(package, module if is_between(mmengine.__version__, '0.8.0', '99') else package)
 
 
 def offer_configs_of_forks() -> None:

@@ -223,6 +223,11 @@ def gelu_(x: Tensor) -> Tensor:
     return torch.ops.aten.gelu_(x)
 
 
+def onednn_has_bfloat16() -> bool:
+    """Whether oneDNN computes in bfloat16 on this processor; torch tells since 2.1."""
+    return hasattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported') and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def multiplies_bfloat16() -> bool:
     """Whether the processor has instructions that multiply bfloat16, AVX512-BF16 or AMX, and oneDNN may use them."""
     if hasattr(torch.cpu, '_is_amx_tile_supported'):
@@ -230,7 +235,7 @@ def multiplies_bfloat16() -> bool:
     else:  # torch tells since 2.6; Linux does anyway
         flags = CPUINFO.read_text() if CPUINFO.exists() else ''
         has = 'avx512_bf16' in flags or 'amx_bf16' in flags
-    return has and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return has and onednn_has_bfloat16()
 
 
 def gpu_multiplies_bfloat16() -> bool:
@@ -251,7 +256,7 @@ def conv_with_exact_bias(x: Tensor, weight: Tensor, bias: Tensor, options: ConvO
         bias: ``(C_out,)``, float32.
         options: Of the convolution.
     """
-    if x.device.type == 'cpu' and x.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if x.device.type == 'cpu' and x.dtype is torch.bfloat16 and onednn_has_bfloat16():
         return conv_activated(x, weight, bias, options, 'none')
     y = torch.nn.functional.conv2d(x, weight, None, *options)
     return y.add_(bias.view(-1, 1, 1))
