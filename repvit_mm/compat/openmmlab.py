@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import mmengine
+import mmengine.config.config
 import mmengine.runner.checkpoint
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.dataset import BaseDataset
@@ -33,9 +33,15 @@ def offer_configs(package: str, module: str) -> None:
 
     MMEngine has a fixed table of packages and the names of their distributions. It looks for configs among the files of
     the distribution, which an editable install does not have. By the name of a module it finds the package itself;
-    before 0.8 it knows distributions only, and their place, which is the checkout of an editable install.
+    before 0.8 it takes names of distributions only, and is told where the package is.
     """
-    MODULE2PACKAGE.setdefault(package, module if is_between(mmengine.__version__, '0.8.0', '99') else package)
+    if is_between(mmengine.__version__, '0.8.0', '99'):
+        MODULE2PACKAGE.setdefault(package, module)
+        return
+    MODULE2PACKAGE.setdefault(package, package)
+    (place,), config = find_spec(package).submodule_search_locations, mmengine.config.config
+    find = config.get_installed_path
+    config.get_installed_path = wraps(find)(lambda name: place if name == package else find(name))
 
 
 def offer_configs_of_forks() -> None:
